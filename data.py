@@ -1,0 +1,238 @@
+"""Problems and answers: loading them, the one prompt template, and grading by mathematical equivalence.
+
+Everything that reads a data set or judges a response comes through here, in training and in evaluation alike.
+
+    problems = load_problems("train.jsonl")                  # or a hub data set: "openai/gsm8k:main"
+    prompt_ids = encode_prompt(tokenizer, problems[0])
+    with Grader(workers=2) as grader:
+        (score, killed), = grader(["... so it is \\boxed{18}"], [problems[0].answer])
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+from concurrent.futures import TimeoutError
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pebble import ProcessExpired, ProcessPool
+
+QUESTION_COLUMNS = ("problem", "question", "prompt")
+ANSWER_COLUMNS = ("answer", "solution", "final_answer", "reference_answer")
+LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
+ORDER = 2  # the purpose of a seed, beside those of other modules
+
+SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."  # follows the question
+PLAIN_TEMPLATE = "{system}\n\nProblem: {question}\n{instruction}\n\nSolution:"  # base models without a chat template
+
+
+class InputError(Exception):
+    """Bad input from the user: one line that names the flag or file and the remedy. Scripts exit with code 2."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a data set. `id` is its row, from 0; samples, seeds and groups refer to it."""
+
+    id: int
+    question: str
+    answer: str  # the reference, reduced to what belongs into the box: "18", "\\frac{1}{2}"
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_problems(spec: str, split: str = "train", limit: int | None = None) -> list[Problem]:
+    """Problems of a local .jsonl, .json or .parquet file, or of a hub data set `name` or `name:config`.
+
+    `split` is for hub data sets; `limit` keeps the first rows. The question is the first of QUESTION_COLUMNS that the
+    data has, the answer the first of ANSWER_COLUMNS; answers are reduced by `reference_answer`.
+    Raises InputError naming the file, the row (from 1) and the columns found.
+    """
+    if spec.endswith(LOCAL_SUFFIXES):
+        rows = _read_local(Path(spec))
+    else:
+        rows = _read_hub(spec, split)
+    if not rows:
+        raise InputError(f"{spec}: holds no problems")
+    if not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{spec}: every row must be an object with a question and an answer")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    question_column = next((name for name in QUESTION_COLUMNS if name in columns), None)
+    answer_column = next((name for name in ANSWER_COLUMNS if name in columns), None)
+    if question_column is None or answer_column is None:
+        wanted = QUESTION_COLUMNS if question_column is None else ANSWER_COLUMNS
+        raise InputError(f"{spec}: found columns {', '.join(columns)}; needs one of {', '.join(wanted)}")
+    problems = []
+    for index, row in enumerate(rows[:limit]):
+        question, answer = row.get(question_column), reference_answer(row.get(answer_column))
+        if not isinstance(question, str) or not question.strip():
+            raise InputError(f"{spec}: row {index + 1} has no text in '{question_column}' (columns: {', '.join(row)})")
+        if not answer or (answer_column == "solution" and answer == str(row[answer_column]).strip()):
+            raise InputError(f"{spec}: row {index + 1} has no answer in '{answer_column}' (columns: {', '.join(row)})")
+        problems.append(Problem(index, question.strip(), answer))
+    return problems
+
+
+def _read_local(path: Path) -> list:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise InputError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from error
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            rows = json.loads(text)
+            return rows if isinstance(rows, list) else [rows]
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                rows.append(json.loads(line))
+        return rows
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        line = number if path.suffix == ".jsonl" else error.lineno
+        raise InputError(f"{path}: line {line} is not JSON ({error.msg})") from error
+
+
+def _read_hub(spec: str, split: str) -> list:
+    import datasets  # slow to import, and local files do without it
+
+    name, _, config = spec.partition(":")
+    try:
+        return datasets.load_dataset(name, config or None, split=split).to_list()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{spec}: not a local {LOCAL_SUFFIXES} file, nor a hub data set in reach ({reason})") from error
+
+
+def reference_answer(value) -> str:
+    """What belongs into the box, from what real files hold: "" if there is nothing.
+
+    `... #### 1,234` (GSM8K) -> "1234"; a solution with `\\boxed{}` -> the content of the last box; `$x$` -> "x";
+    27.0 or "27.0" -> "27"; ["2", "3"] -> "2, 3".
+    """
+    if isinstance(value, (list, tuple)):
+        return ", ".join(filter(None, map(reference_answer, value)))
+    if value is None or value != value:  # NaN stands for a missing value in parquet files
+        return ""
+    text = str(value).strip()
+    if "####" in text:
+        return text.rpartition("####")[2].strip().replace(",", "").removeprefix("$")
+    boxed = extract_boxed(text)
+    if boxed is not None:
+        return boxed
+    if len(text) > 2 and text[0] == text[-1] == "$":
+        text = text.strip("$").strip()
+    return re.sub(r"^([-+]?\d+)\.0+$", r"\1", text)
+
+
+def problems_of_step(problems: list[Problem], step: int, per_step: int, seed: int) -> list[Problem]:
+    """The problems of step 1, 2, ...: each epoch goes once through a new order; what does not fill a step is left out."""
+    epoch, position = divmod(step - 1, len(problems) // per_step)
+    order = np.random.default_rng((seed, ORDER, epoch)).permutation(len(problems))
+    return [problems[i] for i in order[position * per_step :][:per_step]]
+
+
+# --- the prompt ------------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer, problem: Problem) -> list[int]:
+    """Token ids of the prompt, rendered by the tokenizer's chat template, or by PLAIN_TEMPLATE where it has none."""
+    if tokenizer.chat_template is None:
+        text = PLAIN_TEMPLATE.format(system=SYSTEM_PROMPT, question=problem.question, instruction=INSTRUCTION)
+        return tokenizer(text)["input_ids"]
+    messages = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": f"{problem.question}\n{INSTRUCTION}"},
+    ]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+# --- grading ---------------------------------------------------------------------------------------------------------
+
+
+def extract_boxed(text: str) -> str | None:
+    """The content of the last `\\boxed{...}`, nested braces included; None if there is none or it never closes."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for token in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # `\{` is a printed brace and does not nest
+        depth += {"{": 1, "}": -1}.get(token.group(), 0)
+        if depth == 0:
+            return text[start : start + token.start()].strip()
+    return None
+
+
+class Grader:
+    """Scores responses in worker processes; one that overruns `deadline` seconds is killed, and its response gets 0.
+
+    Model output can hang any algebra system (`9^{9^{9^{9}}}`) in code that no Python exception interrupts, hence the
+    processes. They come from a fork server, so that they share no thread, lock or GPU context with the trainer.
+    """
+
+    def __init__(self, workers: int | None = None, deadline: float = 10.0):
+        """workers: by default this process's share of the machine's cores, under torchrun or not."""
+        workers = workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", "math_verify"])  # once, instead of in every worker
+        self.deadline = deadline
+        self.pool = ProcessPool(workers, initializer=_silence_math_verify, context=context)
+        self.pool.schedule(equivalent, args=("1", "2"))  # start the workers now, while the model loads
+
+    def __call__(self, responses: list[str], answers: list[str]) -> list[tuple[float, bool]]:
+        """For each response 1.0 if its last box is equivalent to the answer, else 0.0; and whether grading failed.
+
+        Failed: killed at the deadline, or the worker died; the score is then 0.0, and other responses are unaffected.
+        """
+        pairs = [(extract_boxed(response), answer) for response, answer in zip(responses, answers, strict=True)]
+        graded = {(boxed, answer): (float(boxed == answer), False) for boxed, answer in pairs}
+        unequal = [pair for pair in graded if pair[0] and pair[0] != pair[1]]
+        futures = [self.pool.schedule(equivalent, args=pair, timeout=self.deadline) for pair in unequal]
+        for pair, future in zip(unequal, futures):
+            try:
+                graded[pair] = (float(future.result()), False)
+            except (TimeoutError, ProcessExpired, MemoryError, RecursionError):
+                graded[pair] = (0.0, True)
+        return [graded[pair] for pair in pairs]
+
+    def close(self) -> None:
+        """End the workers, busy or not."""
+        self.pool.stop()
+        self.pool.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def equivalent(boxed: str, answer: str) -> bool:
+    """Math-Verify's judgement of a boxed response against the reference. May hang or exhaust memory: see Grader.
+
+    Only the LaTeX reader is used: the reader for plain expressions ends in Python's `eval`.
+    """
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    gold, response = (
+        parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None) for text in (answer, boxed)
+    )
+    return verify(gold, response, timeout_seconds=None)  # the Grader's deadline replaces both time limits
+
+
+def _silence_math_verify() -> None:
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns of each answer that it cannot read
