@@ -95,7 +95,7 @@ def _read_local(path: Path) -> list:
             rows = json.loads(text)
             return rows if isinstance(rows, list) else [rows]
         rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # noqa: B007 (the message below names it)
             if line.strip():
                 rows.append(json.loads(line))
         return rows
@@ -114,7 +114,7 @@ def _read_hub(spec: str, split: str) -> list:
         return datasets.load_dataset(name, config or None, split=split).to_list()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{spec}: not a local {LOCAL_SUFFIXES} file, nor a hub data set in reach ({reason})") from error
+        raise InputError(f"{spec}: neither a {LOCAL_SUFFIXES} file nor a hub data set in reach ({reason})") from error
 
 
 def reference_answer(value) -> str:
@@ -138,11 +138,14 @@ def reference_answer(value) -> str:
     return re.sub(r"^([-+]?\d+)\.0+$", r"\1", text)
 
 
-def problems_of_step(problems: list[Problem], step: int, per_step: int, seed: int) -> list[Problem]:
-    """The problems of step 1, 2, ...: each epoch goes once through a new order; what does not fill a step is left out."""
-    epoch, position = divmod(step - 1, len(problems) // per_step)
-    order = np.random.default_rng((seed, ORDER, epoch)).permutation(len(problems))
-    return [problems[i] for i in order[position * per_step :][:per_step]]
+def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
+    """The problems of step 1, 2, ..., in random order, a function of --seed and the step alone.
+
+    Each epoch goes through a new order of all problems once; what does not fill a step is left out.
+    """
+    epoch, position = divmod(step - 1, len(problems) // args.prompts_per_step)
+    order = np.random.default_rng((args.seed, ORDER, epoch)).permutation(len(problems))
+    return [problems[i] for i in order[position * args.prompts_per_step :][: args.prompts_per_step]]
 
 
 # --- the prompt ------------------------------------------------------------------------------------------------------

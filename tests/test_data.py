@@ -2,6 +2,7 @@
 
 import json
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pyarrow
@@ -139,11 +140,12 @@ def test_published_files(name, size, last):
 
 def test_an_epoch_visits_every_problem_once():
     problems = [Problem(i, "q", "1") for i in range(14)]
-    epochs = [[problem.id for step in range(first, first + 3) for problem in problems_of_step(problems, step, 4, seed=0)]
-              for first in (1, 4)]
+    def ids(step: int, seed: int = 0) -> list[int]:
+        return [problem.id for problem in problems_of_step(problems, step, Namespace(prompts_per_step=4, seed=seed))]
+
+    epochs = [ids(1) + ids(2) + ids(3), ids(4) + ids(5) + ids(6)]
     assert all(len(set(epoch)) == 12 for epoch in epochs) and epochs[0] != epochs[1]
-    assert problems_of_step(problems, 5, 4, seed=0) == problems_of_step(problems, 5, 4, seed=0)
-    assert problems_of_step(problems, 5, 4, seed=0) != problems_of_step(problems, 5, 4, seed=1)
+    assert ids(5) == ids(5) != ids(5, seed=1)
 
 
 def test_the_prompt_is_the_chat_template_s_or_plain(toy):

@@ -1,0 +1,292 @@
+"""Draw and grade: prompts in, scored samples out, dealt over the ranks. A pilot is an evaluation with k = N'.
+
+A sample is a pure function of (seed, purpose, step, problem, index): not of the rank that draws it, nor of the samples
+that share its batch. So one rank or eight, a resumed run or a fresh one draw the same text (up to rounding: exact in
+practice in fp32 on CPU; on CUDA bf16 matrix products depend on the batch).
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers.utils import logging as transformers_logging
+
+from data import InputError, Problem, encode_prompt, load_problems
+
+TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy")
+TRAINING, EVALUATION = 0, 1  # the purpose of a sample, part of its seed
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The model and how it is sampled."""
+    add = parser.add_argument_group("model and sampling").add_argument
+    add("--model", default=TOY, help="folder or hub name of a causal LM")
+    add("--seed", type=at_least(0), default=0, help="seeds samples and the order of problems")
+    add("--sampler", choices=["auto", "hf", "vllm"], default="auto", help="who generates; auto is hf, transformers")
+    add("--temperature", type=at_least(1e-3), default=1.0, help="divides the logits, in sampling and in training")
+    add("--max-prompt-tokens", type=at_least(1), default=64, help="longer prompts are dropped, and counted")
+    add("--max-response-tokens", type=at_least(1), default=64, help="longer responses are cut, and graded as they are")
+    add("--sampler-batch-size", type=at_least(1), default=256, help="sequences the hf sampler holds; a memory flag")
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def at_least(low):
+    """An argparse type: a finite number of the type of `low`, and not below it."""
+    def convert(text: str):
+        value = type(low)(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
+        return value
+
+    convert.__name__ = type(low).__name__
+    return convert
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is an InputError, so that rank 0 alone prints one line."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def parse(description: str, *declare) -> argparse.Namespace:
+    """The flags that the functions in `declare` add; raises InputError for a wrong one."""
+    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    for declare_flags in declare:
+        declare_flags(parser)
+    return parser.parse_args()
+
+
+def run(main) -> None:
+    """Run a script's main() to the end of its process group; bad input is one line from rank 0 and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def setup() -> torch.device:
+    """Join the process group of torchrun, or be a group of one; returns this rank's device."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend, patience = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(hours=1)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=patience)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def print0(*values) -> None:
+    """print, on rank 0 alone."""
+    if dist.get_rank() == 0:
+        print(*values, flush=True)
+
+
+def gather(items: list) -> list:
+    """Every rank's items, in the order of ranks, on every rank."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def on_rank0(function, *arguments):
+    """Call a function on rank 0 while the others wait; its InputError is raised on every rank, so that none hangs."""
+    result, complaint = None, [None]
+    if dist.get_rank() == 0:
+        try:
+            result = function(*arguments)
+        except InputError as error:
+            complaint = [str(error)]
+    dist.broadcast_object_list(complaint)
+    if complaint[0]:
+        raise InputError(complaint[0])
+    return result
+
+
+def load_model(args, device: torch.device, checkpoint=None):
+    """(model, tokenizer) of a checkpoint or of --model, in fp32; InputError if it cannot be had or is too short."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint or args.model)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint or args.model, dtype=torch.float32).to(device)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(f"--model {args.model}: cannot be loaded ({type(error).__name__}: {reason})") from error
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window and args.max_prompt_tokens + args.max_response_tokens > window:
+        raise InputError(f"--max-prompt-tokens + --max-response-tokens is above the model's context of {window} tokens")
+    if tokenizer.chat_template is None:
+        print0(f"{args.model} has no chat template: prompts use a plain one")
+    return model, tokenizer
+
+
+def load_prompts(spec: str, split: str, tokenizer, args, limit: int | None = None) -> list[Problem]:
+    """The problems whose prompt fits --max-prompt-tokens: others get no budget, and are counted on screen."""
+    problems = load_problems(spec, split, limit)
+    fitting = [p for p in problems if len(encode_prompt(tokenizer, p)) <= args.max_prompt_tokens]
+    if not fitting:
+        raise InputError(f"{spec}: every prompt is longer than --max-prompt-tokens {args.max_prompt_tokens}")
+    if len(fitting) < len(problems):
+        print0(f"{spec}: dropped {len(problems) - len(fitting)} of {len(problems)} prompts, over --max-prompt-tokens")
+    return fitting
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """One response to one problem, with everything that training asks of it. Token ids only: text is not kept."""
+
+    problem: int  # Problem.id
+    index: int  # among the samples of this problem, pilot first
+    prompt_ids: np.ndarray  # int32 (prompt,)
+    response_ids: np.ndarray  # int32 (response,), the end-of-sequence token included
+    finished: bool  # False: cut at --max-response-tokens
+    reward: float = 0.0  # 1.0 if right
+    grader_failed: bool = False  # killed at the deadline: counted as wrong
+    old_logprobs: np.ndarray | None = None  # float32 (response,), the trainer's, before the step's first update
+    ref_logprobs: np.ndarray | None = None  # float32 (response,), the KL reference's
+    grad_norm: float = 0.0  # of the token sum of -log pi, with respect to the output head
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+class HfSampler:
+    """transformers' `generate` with its key-value cache, made reproducible sample by sample."""
+
+    def __init__(self, model, tokenizer, args):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_tokens, self.batch_size = args.max_response_tokens, args.sampler_batch_size
+        ends = model.generation_config.eos_token_id
+        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        if not self.ends:
+            raise InputError(f"--model {args.model}: has no end-of-sequence token")
+        self.pad = min(self.ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # The published settings may hold top-k, penalties, ...: training samples the distribution that it trains.
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), pad_token_id=self.pad)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[list[int]], seeds: list[tuple[int, ...]], temperature: float) -> list[tuple]:
+        """One (response ids, finished) a prompt; equal prompts with unequal seeds are samples of one problem."""
+        responses = []
+        for start in range(0, len(prompts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            uniforms = np.stack([np.random.default_rng(seed).random(self.max_tokens) for seed in seeds[rows]])
+            responses += self._generate(prompts[rows], uniforms, temperature)
+        return responses
+
+    def _generate(self, prompts: list[list[int]], uniforms: np.ndarray, temperature: float) -> list[tuple]:
+        longest, device = max(map(len, prompts)), self.model.device
+        padding = [longest - len(ids) for ids in prompts]  # on the left: responses begin together
+        input_ids = torch.tensor([[self.pad] * n + ids for n, ids in zip(padding, prompts)], device=device)
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
+        pick = InverseCdf(torch.from_numpy(uniforms).to(device), longest, temperature)
+        self.model.eval()  # gradient checkpointing would switch the cache off
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output = self.model.generate(input_ids, attention_mask=mask, max_new_tokens=self.max_tokens,
+                                         do_sample=False, logits_processor=[pick])
+        return [self._cut(row) for row in output[:, longest:].tolist()]
+
+    def _cut(self, ids: list[int]) -> tuple[np.ndarray, bool]:
+        end = next((t for t, token in enumerate(ids) if token in self.ends), None)
+        return np.array(ids if end is None else ids[: end + 1], dtype=np.int32), end is not None
+
+
+class InverseCdf(LogitsProcessor):
+    """Turns greedy decoding into sampling with given uniforms: the first token whose cumulative probability is above u.
+
+    uniforms: in [0, 1), (batch, positions). Unlike a shared generator, the draw of one sequence depends on its own row
+    and logits alone. Temperature 0 takes the most likely token.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, prompt_length: int, temperature: float):
+        self.uniforms, self.prompt_length, self.temperature = uniforms, prompt_length, temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.temperature == 0:
+            return scores
+        position = input_ids.shape[1] - self.prompt_length
+        cdf = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(dim=-1)  # (batch, vocabulary)
+        target = self.uniforms[:, position, None] * cdf[:, -1:]  # the last entry is 1 up to rounding
+        token = torch.searchsorted(cdf, target, right=True)  # (batch, 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def make_sampler(model, tokenizer, args):
+    """The sampler that --sampler names."""
+    if args.sampler == "vllm":
+        installed = importlib.util.find_spec("vllm") is not None
+        reason = "is not supported yet" if installed else "is not installed (GPU nodes: pip install vllm==0.32.0)"
+        raise InputError(f"--sampler vllm: vllm {reason}; use --sampler hf")
+    return HfSampler(model, tokenizer, args)
+
+
+def draw(sampler, grader, problems: list[Problem], counts, key: tuple[int, ...], temperature: float,
+         first: int = 0) -> list[Sample]:
+    """Draw counts[i] graded samples of problems[i], numbered from `first`; the same list on every rank.
+
+    key: (seed, purpose, step). The samples, in the order of problems, are cut into one equal part a rank; the gathered
+    order is therefore the same whatever the number of ranks.
+    """
+    owners = np.repeat(np.arange(len(problems)), counts)
+    indices = first + np.concatenate([np.arange(count) for count in counts])
+    mine = np.array_split(np.arange(len(owners)), dist.get_world_size())[dist.get_rank()]
+    prompts = {i: encode_prompt(sampler.tokenizer, problems[i]) for i in np.unique(owners[mine])}
+    seeds = [(*key, problems[owners[k]].id, int(indices[k])) for k in mine]
+    responses = sampler([prompts[i] for i in owners[mine]], seeds, temperature)
+    texts = sampler.tokenizer.batch_decode([ids for ids, _ in responses], skip_special_tokens=True)
+    grades = grader(texts, [problems[i].answer for i in owners[mine]])
+    prompts = {i: np.array(ids, dtype=np.int32) for i, ids in prompts.items()}
+    return gather([
+        Sample(problems[owners[k]].id, int(indices[k]), prompts[owners[k]], ids, finished, score, failed)
+        for k, (ids, finished), (score, failed) in zip(mine, responses, grades)
+    ])
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def avg_at_k(rewards: np.ndarray) -> float:
+    """avg@k: the mean over problems of the mean reward of their k samples. rewards: (problems, k)."""
+    return float(np.mean(rewards))
+
+
+def evaluate(sampler, grader, problems: list[Problem], args) -> dict:
+    """avg@k over --eval-samples samples a problem, with mean response length, share of cut responses, grader failures.
+
+    The same uniforms are used at every call, so that two evaluations of a run differ by the model alone.
+    """
+    k, key = args.eval_samples, (args.seed, EVALUATION, 0)
+    drawn = draw(sampler, grader, problems, np.full(len(problems), k), key, args.eval_temperature)
+    return {
+        "eval_accuracy": avg_at_k(np.reshape([sample.reward for sample in drawn], (len(problems), k))),
+        "eval_response_tokens": float(np.mean([len(sample.response_ids) for sample in drawn])),
+        "eval_truncated": float(np.mean([not sample.finished for sample in drawn])),
+        "eval_grader_failures": sum(sample.grader_failed for sample in drawn),
+    }

@@ -1,0 +1,297 @@
+"""RAFT and RAFT++ with GVM sampling: the M-step, and the training loop. This is *the* script.
+
+    torchrun raft.py                                      # the toy, on a CPU, in minutes
+    torchrun raft.py --allocator uniform                  # what GVM is compared with
+    torchrun raft.py --resume                             # go on after an interruption
+    torchrun --nproc-per-node 8 raft.py ...               # the paper's run: see README.md
+
+A step: draw samples where they help (gvm.collect), keep the right ones, and take a few gradient steps on
+sum_j w_j sum_t loss_jt, j over the kept samples and t over their tokens. The weights w_j come from global counts, so
+neither micro-batches nor ranks change the gradient.
+"""
+
+import argparse
+import fcntl
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import gvm
+from data import Grader, InputError, Problem, problems_of_step
+from eval import TOY, Sample, at_least, evaluate, gather, load_model, load_prompts, make_sampler
+from eval import add_flags as add_model_flags
+from eval import on_rank0, parse, print0, run, setup
+from gvm import Policy, collate, collect, deal, score
+
+START = {"step": -1, "samples": 0, "tokens": 0, "updates": 0, "updates_empty": 0, "updates_not_finite": 0,
+         "grader_failures": 0, "seconds": 0.0, "seconds_sample": 0.0, "seconds_train": 0.0, "seconds_eval": 0.0,
+         "window": None}  # what a checkpoint keeps beside the model: counts so far, and the window of gvm.collect
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The objective, the optimisation, and what is kept and reported."""
+    add = parser.add_argument_group("objective").add_argument
+    add("--allocator", choices=["uniform", "gvm"], default="gvm", help="who gets how many samples")
+    add("--loss", choices=["raft", "raft++"], default="raft++", help="-ln pi, or Eq. 8's clipped ratio")
+    add("--clip-low", type=at_least(0.0), default=0.2, help="raft++: ratio's lower clip; idle for weights above 0")
+    add("--clip-high", type=at_least(0.0), default=0.28, help="raft++: a token above 1 + this has no gradient")
+    add("--kl-coef", type=at_least(0.0), default=0.0, help="weight of the KL (k3) to the initial model; 0 loads none")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=at_least(1), default=30, help="rounds of sampling and training")
+    add("--prompts-per-step", type=at_least(1), default=32, help="problems of a step")
+    add("--updates-per-step", type=at_least(1), default=2, help="optimizer updates, among which prompts are split")
+    add("--lr", type=at_least(0.0), default=3e-4, help="AdamW's learning rate, constant")
+    add("--weight-decay", type=at_least(0.0), default=0.01, help="AdamW's")
+    add("--grad-clip", type=at_least(1e-6), default=1.0, help="largest norm of the gradient")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default=None, help="folder of the run (default: runs/raft-ALLOCATOR-SEED), shared by all nodes")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out, or start if there is none")
+    add("--save-every", type=at_least(1), default=10, help="steps between checkpoints; the last step is always saved")
+    add("--keep", type=at_least(1), default=2, help="checkpoints kept")
+    add("--eval-data", default=os.path.join(TOY, "eval.jsonl"), help="problems to evaluate on, given like --data")
+    add("--eval-split", default="test", help="split of --eval-data, if it is a hub data set")
+    add("--eval-every", type=at_least(1), default=5, help="steps between evaluations; first and last are always run")
+    add("--eval-samples", type=at_least(1), default=4, help="k of avg@k")
+    add("--eval-temperature", type=at_least(0.0), default=1.0, help="0 takes the most likely token")
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+def sample_weights(samples: list[Sample], prompts: int, weighting: str) -> np.ndarray:
+    """Weight w_j of each sample's token sum in the loss of one update, (samples,); 0 for wrong ones.
+
+    samples: all of the update, right or wrong. With m = prompts, D_i the right samples of prompt i, T_j lengths:
+    prompt:   1 / (m |D_i|), Algorithm 1, over the mean length of the update, so that learning rates compare. Every
+              solved prompt counts the same however many samples it got.
+    token:    1 / (tokens of all samples), as in the released code. Prompt i counts in proportion to n_i p_i: allocation
+              changes the objective, not only its variance.
+    sequence: 1 / (sum_i |D_i| * T_j), Eq. 8: the mean over right samples of their mean token loss.
+    """
+    lengths = np.array([len(sample.response_ids) for sample in samples], dtype=float)
+    right = np.array([sample.reward > 0 for sample in samples])
+    if weighting == "prompt":
+        accepted = Counter(sample.problem for sample in samples if sample.reward > 0)
+        per_prompt = np.array([max(accepted[sample.problem], 1) for sample in samples])
+        return right / (prompts * per_prompt * lengths.mean())
+    if weighting == "token":
+        return right / lengths.sum()
+    return right / (max(right.sum(), 1) * lengths)
+
+
+def token_losses(logprobs: torch.Tensor, old_logprobs: torch.Tensor, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each token of right samples, and whether its gradient was clipped away, (tokens,) each.
+
+    raft: -ln pi, old log-probs unused. raft++ (Eq. 8): -min(s, clip(s, 1 - low, 1 + high)), s = pi / pi_old.
+    """
+    if args.loss == "raft":
+        return -logprobs, torch.zeros_like(logprobs, dtype=torch.bool)
+    ratio = torch.exp(logprobs - old_logprobs)
+    return -torch.minimum(ratio, ratio.clamp(1 - args.clip_low, 1 + args.clip_high)), ratio > 1 + args.clip_high
+
+
+def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """The k3 estimate of KL(pi || ref) at each sampled token: r - 1 - ln r with r = ref / pi; never negative."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.exp(log_ratio) - 1 - log_ratio
+
+
+def update(policy: DistributedDataParallel, optimizer, samples: list[Sample], weights: np.ndarray, args) -> dict:
+    """One optimizer update on sum_j w_j sum_t (loss_jt + kl_coef KL_jt); returns figures that add up over updates.
+
+    No optimizer step if nothing was kept, since AdamW would move on zero gradients, or if the gradient is not finite.
+    A rank with fewer micro-batches than others adds some of weight 0: the last backward pass needs all ranks.
+    """
+    kept, weights = [sample for sample, weight in zip(samples, weights) if weight > 0], weights[weights > 0]
+    if not kept:
+        return {"updates_empty": 1}
+    shares = deal(kept, dist.get_world_size(), args.tokens_per_micro_batch)
+    mine, rounds = shares[dist.get_rank()], max(map(len, shares))
+    shortest = min(range(len(kept)), key=lambda j: len(kept[j]))
+    device = next(policy.parameters()).device
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, clipped tokens, KL over tokens
+    policy.train()
+    optimizer.zero_grad(set_to_none=True)
+    for i, rows in enumerate(mine + [[shortest]] * (rounds - len(mine))):
+        batch = [kept[j] for j in rows]
+
+        def tokens(values) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate(values)).to(device, torch.float32)
+
+        real = i < len(mine)
+        weight = tokens([np.full(len(s.response_ids), w * real) for s, w in zip(batch, weights[rows])])  # (tokens,)
+        with policy.no_sync() if i < rounds - 1 else nullcontext():
+            logprobs, _ = policy(**collate(batch, device))
+            old = logprobs if args.loss == "raft" else tokens([s.old_logprobs for s in batch])
+            losses, clipped = token_losses(logprobs, old, args)
+            kl = kl_k3(logprobs, tokens([s.ref_logprobs for s in batch])) if args.kl_coef > 0 else 0 * losses
+            loss = (weight * (losses + args.kl_coef * kl)).sum()
+            (loss * dist.get_world_size()).backward()  # DDP averages over ranks
+        totals += torch.stack([loss, (clipped * (weight > 0)).sum(), (kl * (weight > 0)).sum()]).detach()
+    dist.all_reduce(totals)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
+    if not torch.isfinite(grad_norm):
+        return {"updates_not_finite": 1}
+    optimizer.step()
+    loss, clipped, kl = totals.tolist()
+    trained = sum(len(sample.response_ids) for sample in kept)
+    return {"updates": 1, "loss": loss, "clip_fraction": clipped / trained, "kl": kl / trained,
+            "grad_norm": grad_norm.item()}
+
+
+def train_step(ddp, reference: Policy | None, optimizer, samples: list[Sample], problems: list[Problem], args) -> dict:
+    """The M-step: --updates-per-step updates, each on its part of the step's problems; returns figures for the log."""
+    right = [sample for sample in samples if sample.reward > 0]
+    if args.loss == "raft++":  # pilot samples have theirs from the E-step
+        score(ddp.module, [sample for sample in right if sample.old_logprobs is None], args.tokens_per_micro_batch)
+    if reference is not None:
+        score(reference, right, args.tokens_per_micro_batch, into="ref_logprobs")
+    totals = Counter(updates=0, updates_empty=0, updates_not_finite=0)
+    for part in np.array_split([problem.id for problem in problems], args.updates_per_step):
+        ids = set(part.tolist())
+        chosen = [sample for sample in samples if sample.problem in ids]
+        totals.update(update(ddp, optimizer, chosen, sample_weights(chosen, len(ids), args.weighting), args))
+    means = ("loss", "clip_fraction", "kl", "grad_norm")
+    return {**totals, **{name: totals[name] / totals["updates"] if totals["updates"] else None for name in means}}
+
+
+# --- the run's folder ------------------------------------------------------------------------------------------------
+
+
+def claim_folder(out: Path, args) -> None:
+    """Lock OUT until this process ends; InputError if it holds a run and --resume is not given, or one is going on."""
+    if (out / "args.json").exists() and not args.resume:
+        raise InputError(f"--out {out}: holds a run already; --resume continues it, another --out starts afresh")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(f"--out {out}: another process is running there; wait for it or choose another") from error
+
+
+def start_log(out: Path, args, step: int) -> None:
+    """Record flags and versions in args.json, and cut log.jsonl back to `step`, where training goes on."""
+    record, log = out / "args.json", out / "log.jsonl"
+    before = json.loads(record.read_text())["flags"] if record.exists() else vars(args)
+    changed = [name for name, value in vars(args).items() if name != "resume" and value != before.get(name)]
+    if changed:
+        print(f"warning: resumed with other values of {', '.join(changed)} than before")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")}
+    record.write_text(json.dumps({"flags": vars(args), "versions": versions}, indent=1))
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    (out / "log.partial").write_text("".join(kept))
+    (out / "log.partial").rename(log)
+
+
+def write_log(out: Path, state: dict, figures: dict) -> None:
+    """Append one line to log.jsonl, cumulative counts and this step's figures, and print the main ones."""
+    line = {name: value for name, value in state.items() if name != "window"} | figures
+    with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
+    shown = ("step", "samples", "accept_rate", "predicted_variance", "loss", "eval_accuracy", "seconds")
+    tqdm.write("  ".join(f"{name} {line[name]:.4g}" for name in shown if line.get(name) is not None))
+
+
+def save_checkpoint(out: Path, policy: Policy, tokenizer, optimizer, state: dict, keep: int) -> None:
+    """Write OUT/checkpoints/step-N beside and rename it, so that it is whole or absent; keep the newest `keep`."""
+    final = out / "checkpoints" / f"step-{state['step']:06d}"
+    partial = final.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
+    (partial / "state.json").write_text(json.dumps(state | {"sizes": sizes}))
+    shutil.rmtree(final, ignore_errors=True)  # a broken one that --resume passed over
+    partial.rename(final)
+    for old in sorted(out.glob("checkpoints/step-??????"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
+    """The newest complete checkpoint, or None, and the state to go on from; passes broken ones over with a warning."""
+    for path in sorted(out.glob("checkpoints/step-??????"), reverse=True):
+        try:
+            state = json.loads((path / "state.json").read_text())
+            if all((path / name).stat().st_size == size for name, size in state.pop("sizes").items()):
+                return path, state
+        except (OSError, ValueError, KeyError):
+            pass
+        print0(f"warning: {path} is incomplete, trying the one before")
+    return None, dict(START)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def timed(state: dict, phase: str):
+    """Add the time spent inside to the state's seconds, in all and of that phase."""
+    start = time.perf_counter()
+    yield
+    for name in ("seconds", f"seconds_{phase}"):
+        state[name] += time.perf_counter() - start
+
+
+def train(args) -> None:
+    """The whole run: E-step, M-step, evaluation, log and checkpoint, step by step."""
+    stop: list[bool] = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # heeded after the step
+    device, out = setup(), Path(args.out or f"runs/raft-{args.allocator}-{args.seed}")
+    if args.allocator == "gvm":
+        gvm.check_budget(args)
+    on_rank0(claim_folder, out, args)
+    checkpoint, state = newest_checkpoint(out) if args.resume else (None, dict(START))
+    model, tokenizer = load_model(args, device, checkpoint)
+    problems = load_prompts(args.data, args.split, tokenizer, args)
+    eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args)
+    if not args.updates_per_step <= args.prompts_per_step <= len(problems):
+        raise InputError(f"--prompts-per-step must lie between --updates-per-step and the {len(problems)} problems")
+    policy = Policy(model, args.temperature, args.gradient_checkpointing)
+    reference = Policy(load_model(args, device)[0], args.temperature) if args.kl_coef > 0 else None
+    ddp = DistributedDataParallel(policy, device_ids=[device] if device.type == "cuda" else None)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    if checkpoint:
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
+    sampler = make_sampler(model, tokenizer, args)
+    on_rank0(start_log, out, args, state["step"])
+    with Grader() as grader:
+        for step in tqdm(range(state["step"] + 1, args.steps + 1), disable=dist.get_rank() > 0):
+            state["step"], figures = step, {}
+            if step > 0:  # step 0 is the evaluation before training
+                batch = problems_of_step(problems, step, args)
+                with timed(state, "sample"):
+                    samples, figures, window = collect(policy, sampler, grader, problems, step, args, state["window"])
+                with timed(state, "train"):
+                    figures |= train_step(ddp, reference, optimizer, samples, batch, args)
+                state["window"] = window
+                for name in state.keys() & figures.keys():
+                    state[name] += figures.pop(name)
+            stopping = any(gather([bool(stop)]))  # the ranks agree
+            if step in (0, args.steps) or step % args.eval_every == 0:
+                with timed(state, "eval"):
+                    figures |= evaluate(sampler, grader, eval_problems, args)
+            on_rank0(write_log, out, state, figures)
+            if stopping or step == args.steps or (step > 0 and step % args.save_every == 0):
+                on_rank0(save_checkpoint, out, policy, tokenizer, optimizer, state, args.keep)
+            if stopping:
+                break
+
+
+if __name__ == "__main__":
+    run(lambda: train(parse(__doc__, add_model_flags, gvm.add_flags, add_flags)))

@@ -1,0 +1,120 @@
+"""eval.py: samples that depend on nothing but their seed, drawn from the model's own distribution."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import flags, run_script
+
+from data import InputError, encode_prompt
+from eval import HfSampler, InverseCdf, avg_at_k, draw, evaluate, load_model, load_prompts
+
+
+def test_inverse_cdf_by_hand():
+    # Probabilities 0.2, 0, 0.3, 0.5: cumulative 0.2, 0.2, 0.5, 1.
+    scores = torch.log(torch.tensor([[0.2, 0.0, 0.3, 0.5]])).repeat(6, 1)
+    uniforms = torch.tensor([[0.0], [0.19], [0.2], [0.49], [0.5], [1 - 1e-16]], dtype=torch.float64)
+    picked = InverseCdf(uniforms, prompt_length=3, temperature=1.0)(torch.zeros(6, 3), scores)
+    assert picked.argmax(dim=1).tolist() == [0, 0, 2, 2, 3, 3]
+    # Temperature 1/2 squares the odds: 0.04, 0, 0.09, 0.25 over 0.38.
+    picked = InverseCdf(torch.tensor([[0.04 / 0.38 - 1e-6], [0.04 / 0.38 + 1e-6]]), 3, 0.5)(torch.zeros(2, 3), scores[:2])
+    assert picked.argmax(dim=1).tolist() == [0, 2]
+    assert InverseCdf(uniforms, 3, 0.0)(torch.zeros(6, 3), scores).argmax(dim=1).tolist() == [3] * 6
+
+
+@pytest.fixture
+def requests(model_and_tokenizer, problems):
+    prompts = [encode_prompt(model_and_tokenizer[1], problem) for problem in problems[:12] for _ in range(3)]
+    return prompts, [(0, 0, 1, i // 3, i % 3) for i in range(36)]
+
+
+def sample(model_and_tokenizer, requests, *words, temperature=1.0):
+    responses = HfSampler(*model_and_tokenizer, flags(*words))(*requests, temperature)
+    return [(ids.tolist(), finished) for ids, finished in responses]
+
+
+def test_samples_do_not_depend_on_the_batch(model_and_tokenizer, requests):
+    whole = sample(model_and_tokenizer, requests)
+    for size in (1, 5):
+        assert sample(model_and_tokenizer, requests, "--sampler-batch-size", size) == whole
+    backwards = [part[::-1] for part in requests]
+    assert sample(model_and_tokenizer, backwards)[::-1] == whole
+    assert len({tuple(ids) for ids, _ in whole}) > 12  # and differ among the samples of a prompt
+
+
+def test_the_end_token_is_kept_and_cut_responses_are_marked(model_and_tokenizer, requests):
+    tokenizer = model_and_tokenizer[1]
+    whole, cut = sample(model_and_tokenizer, requests), sample(model_and_tokenizer, requests, "--max-response-tokens", 12)
+    assert any(finished for _, finished in whole) and any(not finished for _, finished in cut)
+    for (ids, finished), (short, short_finished) in zip(whole, cut):
+        assert finished == (ids[-1] == tokenizer.eos_token_id) and tokenizer.eos_token_id not in ids[:-1]
+        assert short == ids[:12] and short_finished == (finished and len(ids) <= 12)
+
+
+def test_samples_follow_the_model_s_distribution(model_and_tokenizer, problems):
+    model, tokenizer = model_and_tokenizer
+    model.generation_config.update(top_k=1, repetition_penalty=5.0, temperature=0.1)  # published settings: ignored
+    prompt = encode_prompt(tokenizer, problems[0])
+    drawn = sample(model_and_tokenizer, ([prompt] * 1000, [(1, i) for i in range(1000)]), "--max-response-tokens", 1)
+    expected = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], dim=-1).detach().numpy()
+    found = np.bincount([ids[0] for ids, _ in drawn], minlength=len(expected)) / 1000
+    assert np.abs(found - expected).sum() / 2 < 0.05  # total variation
+    greedy = sample(model_and_tokenizer, ([prompt], [(1,)]), "--max-response-tokens", 1, temperature=0.0)
+    assert greedy[0][0] == [int(expected.argmax())]
+
+
+def test_draw_gives_every_problem_its_count(device, model_and_tokenizer, grader, problems):
+    sampler, counts = HfSampler(*model_and_tokenizer, flags()), [2, 0, 3, 1]
+    samples = draw(sampler, grader, problems[:4], counts, (0, 0, 1), 1.0, first=4)
+    assert [(s.problem, s.index) for s in samples] == [(0, 4), (0, 5), (2, 4), (2, 5), (2, 6), (3, 4)]
+    for s in samples:
+        text = sampler.tokenizer.decode(s.response_ids, skip_special_tokens=True)
+        assert s.reward == float(text.endswith(f"\\boxed{{{problems[s.problem].answer}}}"))
+        assert s.prompt_ids.tolist() == encode_prompt(sampler.tokenizer, problems[s.problem])
+    again = draw(sampler, grader, problems[2:3], [1], (0, 0, 1), 1.0, first=5)
+    assert again[0].response_ids.tolist() == samples[3].response_ids.tolist()
+
+
+def test_avg_at_k_and_evaluate(device, model_and_tokenizer, grader, problems):
+    assert avg_at_k(np.array([[1, 0], [1, 1], [0, 0]])) == 0.5
+    args, sampler = flags("--eval-samples", 2), HfSampler(*model_and_tokenizer, flags())
+    figures = evaluate(sampler, grader, problems[:10], args)
+    assert figures == evaluate(sampler, grader, problems[:10], args)
+    assert 0 <= figures["eval_accuracy"] <= 1 and figures["eval_grader_failures"] == 0
+
+
+def test_long_prompts_are_dropped_and_counted(device, model_and_tokenizer, tmp_path, capsys):
+    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "1+" * 40 + "1", "answer": "41"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = load_prompts(str(path), "train", model_and_tokenizer[1], flags())
+    assert [problem.id for problem in kept] == [0] and "dropped 1 of 2" in capsys.readouterr().out
+    with pytest.raises(InputError, match="every prompt is longer than --max-prompt-tokens 2"):
+        load_prompts(str(path), "train", model_and_tokenizer[1], flags("--max-prompt-tokens", 2))
+
+
+def test_models_that_cannot_be_had_are_named(device, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    for name in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(InputError, match="--model .*cannot be loaded"):
+            load_model(flags("--model", name), device)
+    with pytest.raises(InputError, match="--max-response-tokens"):
+        load_model(flags("--max-response-tokens", 10_000), device)
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    (["--steps", "0"], "--steps"), (["--allocator", "best"], "--allocator"), (["--temperature", "0"], "--temperature"),
+    (["--beta", "1"], "--beta"), (["--lr", "nan"], "--lr"), (["--learning-rate", "1"], "--learning-rate"),
+])
+def test_wrong_flags_are_named(words, named):
+    with pytest.raises(InputError, match=named):
+        flags(*words)
+
+
+def test_two_ranks_draw_what_one_draws(device, model_and_tokenizer, grader, problems, tmp_path):
+    run_script("tests/ranks.py", "draw", tmp_path / "two.json", ranks=2)
+    sampler = HfSampler(*model_and_tokenizer, flags())
+    one = draw(sampler, grader, problems[:9], [3, 0, 1, 4, 1, 1, 2, 7, 2], (0, 0, 1), 1.0)
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two == [[s.problem, s.index, s.response_ids.tolist(), s.reward] for s in one]

@@ -1,0 +1,200 @@
+"""gvm.py: log-probs and gradient norms against autograd, and budgets that are spent to the last sample."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOY, flags, make_sample, run_script
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+
+import gvm
+from data import InputError, problems_of_step
+from eval import HfSampler
+from gvm import Policy, check_budget, collate, collect, deal, describe, e_step, score
+
+TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def tiny_policy(tied: bool, temperature: float = 1.0) -> Policy:
+    torch.manual_seed(0)
+    config = LlamaConfig(**TINY, tie_word_embeddings=tied, initializer_range=0.5)
+    return Policy(AutoModelForCausalLM.from_config(config), temperature)
+
+
+def tiny_samples(number: int = 5) -> list:
+    rng = np.random.default_rng(0)
+    return [make_sample(i, 1.0, rng.integers(3, 40, 2 + 3 * i).tolist(), rng.integers(3, 40, 1 + i).tolist())
+            for i in range(number)]
+
+
+def plain_logprobs(policy: Policy, sample, detach: bool = False) -> torch.Tensor:
+    """Log-probs of one unpadded response, (response,), the obvious way."""
+    ids = torch.tensor(np.concatenate([sample.prompt_ids, sample.response_ids])).long()[None]
+    if detach:
+        hidden = policy.model.base_model(ids).last_hidden_state.detach()
+        logits = policy.model.lm_head(hidden)
+    else:
+        logits = policy.model(ids).logits
+    logprobs = torch.log_softmax(logits[0, :-1] / policy.temperature, dim=-1)
+    return logprobs.gather(1, ids[0, 1:, None]).squeeze(1)[len(sample.prompt_ids) - 1 :]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_norms_equal_autograd_s(monkeypatch, tied, temperature):
+    monkeypatch.setattr(gvm, "HEAD_CHUNK", 3)
+    policy, samples = tiny_policy(tied, temperature), tiny_samples()
+    logprobs, norms = policy(**collate(samples, torch.device("cpu")), norms=True)
+    plain = [plain_logprobs(policy, sample) for sample in samples]
+    assert torch.allclose(logprobs, torch.cat(plain), atol=1e-5)
+    for sample, norm in zip(samples, norms):
+        loss = -plain_logprobs(policy, sample, detach=True).sum()
+        gradient, = torch.autograd.grad(loss, policy.model.lm_head.weight)
+        assert norm.item() == pytest.approx(gradient.norm().item(), rel=1e-4)
+
+
+def test_gradients_equal_autograd_s_with_and_without_gradient_checkpointing(monkeypatch):
+    monkeypatch.setattr(gvm, "HEAD_CHUNK", 3)
+    samples, gradients = tiny_samples(), []
+    for checkpointing in (False, True):
+        policy = Policy(tiny_policy(tied=True).model, 0.7, gradient_checkpointing=checkpointing).train()
+        logprobs, norms = policy(**collate(samples, torch.device("cpu")))
+        logprobs.square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        assert norms is None
+    policy.zero_grad()
+    torch.cat([plain_logprobs(policy, sample) for sample in samples]).square().sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    for gradient in gradients:
+        assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_logits_of_all_tokens_are_never_held(monkeypatch):
+    monkeypatch.setattr(gvm, "HEAD_CHUNK", 8)
+    policy, samples, saved = tiny_policy(tied=False), tiny_samples(), []
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        logprobs, _ = policy(**collate(samples, torch.device("cpu")))
+    assert tokens > 30 and not [shape for shape in saved if shape and shape[-1] == 40 and np.prod(shape) >= 40 * 30]
+    logprobs.sum().backward()
+
+
+@pytest.mark.parametrize("config", [
+    Gemma2Config(**TINY, final_logit_softcapping=30.0),
+    CohereConfig(**TINY, logit_scale=0.0625),
+    GraniteConfig(**TINY, logits_scaling=8.0),
+])
+def test_scaled_or_capped_logits_are_refused(config):
+    with pytest.raises(InputError, match="scales or caps its logits"):
+        Policy(AutoModelForCausalLM.from_config(config))
+
+
+def test_dropout_is_off_in_training():
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(LlamaConfig(**TINY, attention_dropout=0.5))).train()
+    first, second = (policy(**collate(tiny_samples(), torch.device("cpu")))[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("ranks", "budget"), [(1, 10_000), (1, 25), (2, 25), (3, 1), (8, 40)])
+def test_deal_covers_every_sample_once_within_the_budget(ranks, budget):
+    samples = [list(range(length)) for length in (5, 9, 1, 9, 30, 7, 2)]
+    shares = deal(samples, ranks, budget)
+    assert len(shares) == ranks and sorted(i for share in shares for batch in share for i in batch) == list(range(7))
+    for batch in (batch for share in shares for batch in share):
+        assert len(batch) == 1 or len(batch) * max(len(samples[i]) for i in batch) <= budget
+    assert max(sum(map(len, share)) for share in shares) - min(sum(map(len, share)) for share in shares) <= 1
+
+
+@pytest.fixture
+def tools(device, model_and_tokenizer, grader):
+    """(policy, sampler, grader) of the toy."""
+    return Policy(model_and_tokenizer[0]), HfSampler(*model_and_tokenizer, flags()), grader
+
+
+def test_score_does_not_depend_on_micro_batches(tools):
+    once, twice = tiny_samples(), tiny_samples()
+    score(tools[0], once, 10_000, norms=True)
+    score(tools[0], twice, 1)
+    for a, b in zip(once, twice):
+        assert np.abs(a.old_logprobs - b.old_logprobs).max() < 1e-5 and a.grad_norm > 0 == b.grad_norm
+
+
+@pytest.mark.parametrize("weighting", ["prompt", "sequence"])
+def test_e_step_estimates_p_and_g_and_spends_the_budget(tools, problems, weighting):
+    args = flags("--pilot-samples", 4, "--samples-per-prompt", 6, "--weighting", weighting)
+    table, pilot = e_step(*tools, problems[:16], 1, args)
+    assert [(s.problem, s.index) for s in pilot] == [(p.id, j) for p in problems[:16] for j in range(4)]
+    for i, (p, G, n) in enumerate(zip(*table.values())):
+        right = [s for s in pilot[4 * i : 4 * i + 4] if s.reward == 1]
+        norms = [s.grad_norm / (len(s.response_ids) if weighting == "sequence" else 1) for s in right]
+        assert p == len(right) / 4 and n >= 4
+        assert G == pytest.approx(np.sqrt(np.mean(np.square(norms))) if right else 0.0)
+    assert table["counts"].sum() == 16 * 6 and 0 < table["accept_rates"].mean() < 1
+
+
+def run_collect(tools, problems, words, steps):
+    args, window, results = flags("--prompts-per-step", 8, *words), None, []
+    for step in range(1, steps + 1):
+        samples, figures, window = collect(*tools, problems, step, args, window)
+        window = json.loads(json.dumps(window))  # as through a checkpoint
+        assert len({(s.problem, s.index) for s in samples}) == len(samples)
+        results.append((samples, figures, window))
+    return results
+
+
+def test_collect_spends_what_it_says(tools, problems):
+    (samples, figures, _), = run_collect(tools, problems, ["--allocator", "uniform"], 1)
+    assert np.bincount([s.problem for s in samples]).max() == 8 and figures["samples"] == len(samples) == 64
+    assert "predicted_variance" not in figures
+    (samples, figures, window), = run_collect(tools, problems, [], 1)  # the pilot is reused, and part of the 64
+    assert figures["samples"] == len(samples) == 64 == sum(window["counts"][0])
+    assert figures["tokens"] == sum(len(s.response_ids) for s in samples)
+    assert [s.problem for s in samples] == sorted([s.problem for s in samples], key=[
+        p.id for p in problems_of_step(problems, 1, flags("--prompts-per-step", 8))].index)
+    assert figures["predicted_variance"] > 0
+
+
+def test_a_window_allocates_over_its_steps_and_counts_its_pilot(tools, problems):
+    words = ["--e-step-every", 3, "--pilot-samples", 2, "--samples-per-prompt", 4]
+    results = run_collect(tools, problems, words, 4)
+    assert [window["first_step"] for _, _, window in results] == [1, 1, 1, 4]
+    assert sum(len(samples) for samples, _, _ in results[:3]) == 3 * 8 * 4  # the budget, exactly, over the window
+    assert [figures["samples"] - len(samples) for samples, figures, _ in results] == [48, 0, 0, 48]  # the pilots
+    for (samples, _, window), step in zip(results, (1, 2, 3)):
+        counts = {p.id: n for p, n in zip(problems_of_step(problems, step, flags("--prompts-per-step", 8)), window["counts"][step - 1])}
+        assert all(sum(s.problem == i for s in samples) == n for i, n in counts.items())
+        assert all(s.index >= 2 for s in samples)  # the pilot's own samples are not trained on
+
+
+def test_describe_by_hand():
+    rewards = {0: [1, 1], 1: [0, 1, 0], 2: [0]}
+    samples = [make_sample(i, reward, [1, 2, 3]) for i, group in rewards.items() for reward in group]
+    figures = describe(samples, [make_sample(9, 1.0, [1])], np.array([2, 3, 1]))
+    assert figures["samples"] == 7 and figures["tokens"] == 19 and figures["accept_rate"] == 0.5
+    assert [figures[f"budget_{name}"] for name in ("never", "sometimes", "always")] == pytest.approx([1 / 6, 3 / 6, 2 / 6])
+    assert [figures[f"prompts_{name}"] for name in ("never", "sometimes", "always")] == pytest.approx([1 / 3] * 3)
+
+
+def test_a_budget_below_the_pilot_is_refused():
+    check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 4))
+    check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 8, "--e-step-every", 10))
+    with pytest.raises(InputError, match="--samples-per-prompt is below --pilot-samples"):
+        check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 5))
+
+
+def test_the_script_writes_a_table_the_same_for_one_and_two_ranks(tmp_path):
+    words = ["--limit", 16, "--samples-per-prompt", 8]
+    done = run_script("gvm.py", *words, "--out", tmp_path / "one.jsonl")
+    run_script("gvm.py", *words, "--out", tmp_path / "two.jsonl", ranks=2)
+    one, two = ([json.loads(line) for line in (tmp_path / name).open()] for name in ("one.jsonl", "two.jsonl"))
+    assert [row["id"] for row in one] == list(range(16)) and sum(row["n"] for row in one) == 128
+    assert "budget: 128 samples" in done.stdout and "predicted variance" in done.stdout
+    for a, b in zip(one, two):
+        assert (a["p"], a["n"], a["tokens"]) == (b["p"], b["n"], b["tokens"]) and a["G"] == pytest.approx(b["G"], rel=1e-4)
+    before = (tmp_path / "one.jsonl").read_text()
+    refused = run_script("gvm.py", *words, "--out", tmp_path / "one.jsonl", check=False)
+    assert refused.returncode == 2 and "exists already" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert (tmp_path / "one.jsonl").read_text() == before and TOY.is_dir()

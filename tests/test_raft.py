@@ -1,0 +1,262 @@
+"""raft.py: losses and weights by hand, gradients that no memory flag or rank changes, and runs that survive a kill."""
+
+import json
+import time
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import Started, flags, make_sample, run_script
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data import InputError
+from gvm import Policy
+from raft import START, claim_folder, kl_k3, newest_checkpoint, sample_weights, start_log, token_losses, train, update
+
+
+# Three prompts: two right and one wrong sample, one right, one wrong. Their mean length is (1 + 3 + 2 + 4 + 5) / 5 = 3.
+GROUPS = [make_sample(0, 1.0, [1]), make_sample(0, 1.0, [1] * 3), make_sample(0, 0.0, [1] * 2),
+          make_sample(1, 1.0, [1] * 4), make_sample(2, 0.0, [1] * 5)]
+
+
+@pytest.mark.parametrize(("weighting", "expected"), [
+    ("prompt", [1 / (3 * 2 * 3), 1 / (3 * 2 * 3), 0, 1 / (3 * 1 * 3), 0]),  # 1 / (m |D_i|) over the mean length
+    ("token", [1 / 15, 1 / 15, 0, 1 / 15, 0]),  # 15 tokens in all
+    ("sequence", [1 / (3 * 1), 1 / (3 * 3), 0, 1 / (3 * 4), 0]),  # three right samples
+])
+def test_weights_by_hand(weighting, expected):
+    assert sample_weights(GROUPS, 3, weighting) == pytest.approx(expected)
+    order = [3, 0, 4, 2, 1]
+    assert sample_weights([GROUPS[i] for i in order], 3, weighting) == pytest.approx([expected[i] for i in order])
+    assert not sample_weights([GROUPS[2], GROUPS[4]], 2, weighting).any()
+
+
+def test_prompt_weights_do_not_depend_on_how_many_samples_a_prompt_got():
+    more = GROUPS + [make_sample(0, 1.0, [1] * 3) for _ in range(7)]
+    weights = sample_weights(more, 3, "prompt")
+    per_prompt = [sum(w for w, s in zip(weights, more) if s.problem == i) for i in range(3)]
+    assert per_prompt[0] == pytest.approx(per_prompt[1]) and per_prompt[2] == 0
+
+
+def test_losses_by_hand():
+    logprobs, old = torch.log(torch.tensor([0.5, 0.5, 0.5, 0.1])), torch.log(torch.tensor([0.5, 0.25, 0.4, 0.5]))
+    losses, clipped = token_losses(logprobs, old, Namespace(loss="raft"))
+    assert losses.tolist() == pytest.approx((-logprobs).tolist()) and not clipped.any()
+    # Ratios 1, 2, 1.25, 0.2: clipped above at 1.28, and below not at all, since the minimum is taken.
+    losses, clipped = token_losses(logprobs, old, Namespace(loss="raft++", clip_low=0.2, clip_high=0.28))
+    assert losses.tolist() == pytest.approx([-1.0, -1.28, -1.25, -0.2]) and clipped.tolist() == [False, True, False, False]
+
+
+def test_clipped_tokens_have_no_gradient():
+    logprobs = torch.log(torch.tensor([0.5, 0.5, 0.1])).requires_grad_()
+    losses, clipped = token_losses(logprobs, torch.log(torch.tensor([0.5, 0.25, 0.5])), flags())
+    losses.sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([-1.0, 0.0, -0.2])  # minus the ratio
+    assert clipped.tolist() == [gradient == 0 for gradient in logprobs.grad.tolist()]
+
+
+def test_kl_by_hand():
+    logprobs, reference = torch.log(torch.tensor([0.5, 0.2])), torch.log(torch.tensor([0.5, 0.4]))
+    assert kl_k3(logprobs, reference).tolist() == pytest.approx([0.0, 2 - 1 - np.log(2)])
+    policy, other = torch.tensor([0.1, 0.2, 0.7]), torch.tensor([0.3, 0.3, 0.4])  # its mean under pi is the KL
+    assert (policy * kl_k3(policy.log(), other.log())).sum() == pytest.approx((policy * (policy / other).log()).sum())
+
+
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory):
+    """Gradients, parameters and figures of one update by ranks and micro-batch budget."""
+    folder, found = tmp_path_factory.mktemp("updates"), {}
+    for ranks, budget, loss in [(1, 100_000, "raft++"), (1, 60, "raft++"), (2, 100_000, "raft++"), (2, 1, "raft++")]:
+        out = folder / f"{ranks}-{budget}.pt"
+        run_script("tests/ranks.py", "update", out, "--tokens-per-micro-batch", budget, "--loss", loss, ranks=ranks)
+        found[ranks, budget] = torch.load(out, weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("case", ["all", "single"])  # "single": one sample, so that the other rank has none
+@pytest.mark.parametrize("split", [(1, 60), (2, 100_000), (2, 1)])
+def test_an_update_does_not_depend_on_ranks_or_micro_batches(updates, split, case):
+    reference, other = updates[1, 100_000][case], updates[split][case]
+    gradients = [torch.cat([tensor.flatten() for name, tensor in result.items() if name.startswith("gradient")])
+                 for result in (reference, other)]
+    assert gradients[0].norm() > 1e-3
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+    for name, value in reference.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.allclose(value, other[name], rtol=0, atol=1e-6), name
+        else:
+            assert value == pytest.approx(other[name], rel=1e-4, abs=1e-9), name
+    assert case == "single" or 0 < reference["clip_fraction"] < 1 and reference["kl"] > 0
+
+
+@pytest.fixture
+def small(device, model_and_tokenizer):
+    """(policy in DDP, AdamW with momentum, a copy of its parameters) of the toy."""
+    policy = DistributedDataParallel(Policy(model_and_tokenizer[0]))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    for parameter in policy.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return policy, optimizer, [parameter.detach().clone() for parameter in policy.parameters()]
+
+
+def unchanged(policy, before) -> bool:
+    return all(torch.equal(parameter, old) for parameter, old in zip(policy.parameters(), before))
+
+
+def test_an_update_without_right_samples_changes_nothing(small):
+    policy, optimizer, before = small
+    wrong = [make_sample(0, 0.0, [9, 9])]
+    assert update(policy, optimizer, wrong, sample_weights(wrong, 1, "prompt"), flags()) == {"updates_empty": 1}
+    assert unchanged(policy, before)
+
+
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(small):
+    policy, optimizer, before = small
+    samples = [make_sample(0, 1.0, [9, 9], old_logprobs=np.array([0.0, np.nan], np.float32))]
+    assert update(policy, optimizer, samples, np.ones(1), flags()) == {"updates_not_finite": 1}
+    assert unchanged(policy, before)
+    samples[0].old_logprobs[1] = -1.0
+    assert update(policy, optimizer, samples, np.ones(1), flags())["updates"] == 1 and not unchanged(policy, before)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--pilot-samples", 2, "--eval-samples", 1, "--eval-every", 2,
+         "--save-every", 2, "--keep", 1, "--max-response-tokens", 40, "--kl-coef", 0.01, "--steps", 4]
+
+
+def read_log(out, drop=("seconds",)) -> list[dict]:
+    """The log without its times."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(drop)} for line in lines]
+
+
+def parameters(out, step: int) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step-{step:06d}").state_dict()
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Four steps without interruption, for 1 and 2 ranks; the second with K = 3, so that windows are resumed, too."""
+    folders = {ranks: tmp_path_factory.mktemp("straight") / str(ranks) for ranks in (1, 2)}
+    for ranks, out in folders.items():
+        run_script("raft.py", *SMALL, "--e-step-every", 2 * ranks - 1, "--out", out, ranks=ranks)
+    return folders
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, ranks):
+    out = tmp_path / "run"
+    words = [*SMALL, "--e-step-every", 2 * ranks - 1, "--out", out]
+    run = Started("raft.py", *words, ranks=ranks, mark=out)
+    wait_for((out / "checkpoints" / "step-000002").is_dir)
+    run.kill()
+    assert not (out / "checkpoints" / "step-000004").exists()
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "sam')  # a line cut short
+    run_script("raft.py", *words, "--resume", ranks=ranks)
+    assert read_log(out) == read_log(straight[ranks])
+    resumed, expected = parameters(out, 4), parameters(straight[ranks], 4)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000004"]  # --keep 1
+
+
+def test_the_log_counts_everything(straight, toy):
+    one, two = read_log(straight[1]), read_log(straight[2])
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2, 3, 4]
+    assert [line["samples"] for line in one] == [0, 32, 64, 96, 128]
+    assert two[3]["samples"] == 3 * 32 + 3 * 8 * 2 and two[4]["samples"] > two[3]["samples"] + 48  # pilots on top
+    for lines in (one, two):
+        assert [line["step"] for line in lines if "eval_accuracy" in line] == [0, 2, 4]
+        assert all(line["updates"] + line["updates_empty"] == 2 * line["step"] for line in lines)
+        assert lines[-1]["tokens"] > lines[-1]["samples"] and 0 < lines[-1]["accept_rate"] < 1 and lines[-1]["kl"] >= 0
+    record = json.loads((straight[1] / "args.json").read_text())
+    assert record["flags"]["steps"] == 4 and record["versions"]["torch"] == torch.__version__
+    assert one[0]["eval_accuracy"] == two[0]["eval_accuracy"]
+    checkpoint = straight[1] / "checkpoints" / "step-000004"
+    assert AutoTokenizer.from_pretrained(checkpoint).chat_template and AutoTokenizer.from_pretrained(toy)
+
+
+def test_sigterm_saves_and_exits_with_0(tmp_path):
+    out = tmp_path / "run"
+    run = Started("raft.py", *SMALL[:-1], 1000, "--save-every", 1000, "--out", out, mark=out)
+    wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 1)
+    run.process.terminate()
+    assert run.process.wait(timeout=60) == 0, run.output.read_text()
+    last = read_log(out)[-1]["step"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{last:06d}"]
+
+
+def make_checkpoint(out, step: int, **sizes) -> None:
+    folder = out / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"12345")
+    (folder / "state.json").write_text(json.dumps({**START, "step": step, "sizes": {"model.safetensors": 5, **sizes}}))
+
+
+def test_broken_checkpoints_are_passed_over_with_a_warning(device, tmp_path, capsys):
+    assert newest_checkpoint(tmp_path) == (None, START)
+    make_checkpoint(tmp_path, 2)
+    make_checkpoint(tmp_path, 4, **{"optimizer.pt": 3})  # a file is missing
+    make_checkpoint(tmp_path, 6)
+    (tmp_path / "checkpoints" / "step-000006" / "model.safetensors").write_bytes(b"123")  # cut short
+    make_checkpoint(tmp_path, 8)
+    (tmp_path / "checkpoints" / "step-000008" / "state.json").write_text('{"step": 8')
+    (tmp_path / "checkpoints" / "step-000010.partial").mkdir()  # killed while writing
+    path, state = newest_checkpoint(tmp_path)
+    assert path.name == "step-000002" and state == START | {"step": 2}
+    assert capsys.readouterr().out.count("is incomplete") == 3
+
+
+def test_a_folder_belongs_to_one_run(device, tmp_path):
+    args, out = flags(), tmp_path / "run"
+    claim_folder(out, args)
+    with pytest.raises(InputError, match="another process is running there"):
+        claim_folder(out, args)
+    start_log(out, args, 0)
+    with pytest.raises(InputError, match="--resume continues it"):
+        claim_folder(out, args)
+
+
+@pytest.mark.parametrize(("words", "complaint"), [
+    (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
+    (["--model", "missing"], "--model missing: cannot be loaded"),
+    (["--samples-per-prompt", 2], "--samples-per-prompt is below --pilot-samples"),
+    (["--prompts-per-step", 100_000], "--prompts-per-step must lie between"),
+    (["--updates-per-step", 40], "--prompts-per-step must lie between --updates-per-step"),
+    (["--max-prompt-tokens", 1], "every prompt is longer"),
+    (["--sampler", "vllm"], "vllm"),
+])
+def test_bad_input_is_one_line_and_leaves_no_run_behind(device, tmp_path, monkeypatch, words, complaint):
+    monkeypatch.setattr("raft.setup", lambda: device)
+    with pytest.raises(InputError, match=complaint) as error:
+        train(flags("--out", tmp_path / "run", *words))
+    assert "\n" not in str(error.value) and not (tmp_path / "run" / "args.json").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_users_see_one_line_and_exit_code_2(straight, ranks):
+    before = (straight[1] / "log.jsonl").read_text()
+    done = run_script("raft.py", "--out", straight[1], ranks=ranks, check=False)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("raft.py: error")]
+    assert len(ours) == 1 and "--resume" in ours[0] and (straight[1] / "log.jsonl").read_text() == before
+    assert ranks > 1 or done.returncode == 2 and done.stderr.splitlines() == ours
+
+
+@pytest.mark.parametrize("allocator", ["gvm", "uniform"])
+def test_training_helps(tmp_path, allocator):
+    words = ["--allocator", allocator, "--steps", 10, "--eval-every", 10, "--eval-samples", 4]
+    run_script("raft.py", *words, "--out", tmp_path / "run")
+    log = read_log(tmp_path / "run")
+    assert log[-1]["eval_accuracy"] > log[0]["eval_accuracy"] + 0.05
+    assert log[-1]["samples"] == 10 * 32 * 8
