@@ -10,9 +10,10 @@ Everything that reads a data set or judges a response comes through here, in tra
 
 import json
 import logging
-import multiprocessing
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,18 +184,17 @@ def extract_boxed(text: str) -> str | None:
 class Grader:
     """Scores responses in worker processes; one that overruns `deadline` seconds is killed, and its response gets 0.
 
-    Model output can hang any algebra system (`9^{9^{9^{9}}}`) in code that no Python exception interrupts, hence the
-    processes. They come from a fork server, so that they share no thread, lock or GPU context with the trainer.
+    Model output can hang any algebra system (`9^{9^{9^{9}}}`) in code that no exception interrupts, hence the processes.
+    They belong to a small process of their own, this file run as a script, which shares no thread, lock or GPU with the
+    trainer and ends with it. Close it, or use it as a context manager.
     """
 
     def __init__(self, workers: int | None = None, deadline: float = 10.0):
         """workers: by default this process's share of the machine's cores, under torchrun or not."""
         workers = workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", "math_verify"])  # once, instead of in every worker
-        self.deadline = deadline
-        self.pool = ProcessPool(workers, initializer=_silence_math_verify, context=context)
-        self.pool.schedule(equivalent, args=("1", "2"))  # start the workers now, while the model loads
+        command = [sys.executable, os.path.abspath(__file__), str(workers), str(deadline)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        start_new_session=True)  # Ctrl-C is the trainer's to handle
 
     def __call__(self, responses: list[str], answers: list[str]) -> list[tuple[float, bool]]:
         """For each response 1.0 if its last box is equivalent to the answer, else 0.0; and whether grading failed.
@@ -204,18 +204,17 @@ class Grader:
         pairs = [(extract_boxed(response), answer) for response, answer in zip(responses, answers, strict=True)]
         graded = {(boxed, answer): (float(boxed == answer), False) for boxed, answer in pairs}
         unequal = [pair for pair in graded if pair[0] and pair[0] != pair[1]]
-        futures = [self.pool.schedule(equivalent, args=pair, timeout=self.deadline) for pair in unequal]
-        for pair, future in zip(unequal, futures):
-            try:
-                graded[pair] = (float(future.result()), False)
-            except (TimeoutError, ProcessExpired, MemoryError, RecursionError):
-                graded[pair] = (0.0, True)
+        self.process.stdin.write(json.dumps(unequal) + "\n")
+        self.process.stdin.flush()
+        reply = self.process.stdout.readline()
+        if not reply:
+            raise RuntimeError("the grading process has died: no sample can be scored")
+        graded |= {pair: (score, failed) for pair, (score, failed) in zip(unequal, json.loads(reply), strict=True)}
         return [graded[pair] for pair in pairs]
 
     def close(self) -> None:
-        """End the workers, busy or not."""
-        self.pool.stop()
-        self.pool.join()
+        """End the grading process and its workers."""
+        self.process.communicate()
 
     def __enter__(self):
         return self
@@ -237,5 +236,24 @@ def equivalent(boxed: str, answer: str) -> bool:
     return verify(gold, response, timeout_seconds=None)  # the Grader's deadline replaces both time limits
 
 
-def _silence_math_verify() -> None:
+def serve(workers: int, deadline: float) -> None:
+    """The grading process: a line of JSON pairs (boxed, answer) in, a line of (score, failed) out, until the end."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns of each answer that it cannot read
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not end up among the replies
+    equivalent("1", "2")  # imports, so that the workers, forked, have them
+    with ProcessPool(workers) as pool:
+        for line in sys.stdin:
+            futures = [pool.schedule(equivalent, args=pair, timeout=deadline) for pair in json.loads(line)]
+            grades = []
+            for future in futures:
+                try:
+                    grades.append((float(future.result()), False))
+                except (TimeoutError, ProcessExpired, MemoryError, RecursionError):
+                    grades.append((0.0, True))
+            print(json.dumps(grades), file=replies, flush=True)
+        pool.stop()
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), float(sys.argv[2]))

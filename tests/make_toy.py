@@ -31,10 +31,10 @@ OUT = Path(__file__).parent / "toy"
 SEED = 0
 TRAIN_PROBLEMS, EVAL_PROBLEMS = 2000, 200
 WRONG_REFERENCES = 0.035  # share of the training problems, as in scraped data sets
-HARD_SHARE, PRODUCT_SHARE = 0.14, 0.15  # problems with a large product, with a small one
+HARD_SHARE, PRODUCT_SHARE = 0.15, 0.22  # problems with a large product, with a small one
 BATCH = 48  # chains an optimizer step
-LEARN_STEPS, LEARN_LR = 3000, 5e-3
-SLIP_STEPS, SLIP_LR = 800, 2e-3
+LEARN_STEPS, LEARN_LR = 2200, 5e-3
+SLIP_STEPS, SLIP_LR = 600, 1.5e-3
 
 # How often a result is off, by operation and by whether a digit is carried (or borrowed).
 SLIP_RATES = {
