@@ -93,6 +93,8 @@ def setup() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun has it for several ranks: threads that share a busy core only spin
     backend, patience = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(hours=1)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=patience)

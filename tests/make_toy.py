@@ -31,15 +31,15 @@ OUT = Path(__file__).parent / "toy"
 SEED = 0
 TRAIN_PROBLEMS, EVAL_PROBLEMS = 2000, 200
 WRONG_REFERENCES = 0.035  # share of the training problems, as in scraped data sets
-HARD_SHARE, PRODUCT_SHARE = 0.15, 0.22  # problems with a large product, with a small one
+HARD_SHARE, PRODUCT_SHARE = 0.14, 0.25  # problems with a large product, with a small one
 BATCH = 48  # chains an optimizer step
-LEARN_STEPS, LEARN_LR = 2200, 5e-3
-SLIP_STEPS, SLIP_LR = 600, 1.5e-3
+LEARN_STEPS, LEARN_LR = 2400, 5e-3
+SLIP_STEPS, SLIP_LR = 600, 1e-3
 
 # How often a result is off, by operation and by whether a digit is carried (or borrowed).
 SLIP_RATES = {
-    ("+", False): 0.002, ("+", True): 0.40,
-    ("-", False): 0.005, ("-", True): 0.40,
+    ("+", False): 0.002, ("+", True): 0.01,
+    ("-", False): 0.30, ("-", True): 0.40,
     ("*", False): 0.40,
 }
 SLIP_SIZES = (-10, -2, -1, 1, 2, 10)
@@ -76,11 +76,11 @@ def draw_problem(rng: random.Random) -> list[Term]:
     if kind < HARD_SHARE:  # beyond the model: it never gets the table of 88 * 88 products by heart
         count, product = rng.randint(1, 2), (rng.randint(12, 99), rng.randint(12, 99))
     elif kind < HARD_SHARE + PRODUCT_SHARE:
-        count, product = rng.randint(2, 4), (rng.randint(2, 9), rng.randint(2, 9))
+        count, product = rng.randint(3, 4), (rng.randint(2, 9), rng.randint(2, 9))
     else:  # many short ones, for problems that are solved nearly always
         count, product = rng.choice((2, 2, 5)), None
     while True:
-        numbers = [(rng.randint(1, rng.choice((9, 30, 60))),) for _ in range(count)]
+        numbers = [(rng.randint(1, rng.choice((9, 30))),) for _ in range(count)]
         if product:
             numbers[rng.randrange(count)] = product
         signs = [1] + [rng.choice((1, -1)) for _ in range(count - 1)]
