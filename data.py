@@ -184,7 +184,7 @@ def extract_boxed(text: str) -> str | None:
 class Grader:
     """Scores responses in worker processes; one that overruns `deadline` seconds is killed, and its response gets 0.
 
-    Model output can hang any algebra system (`9^{9^{9^{9}}}`) in code that no exception interrupts, hence the processes.
+    Model output can hang any algebra system (`9^{9^{9^{9}}}`) in code that no exception interrupts, hence processes.
     They belong to a small process of their own, this file run as a script, which shares no thread, lock or GPU with the
     trainer and ends with it. Close it, or use it as a context manager.
     """

@@ -16,7 +16,7 @@ from raft import sample_weights, update
 
 def toy_samples(tokenizer) -> list:
     """Right and wrong chains of unequal lengths for seven prompts; problem 3 is never solved."""
-    chains = ["4+3=7;\\boxed{7}", "7-4=3;3+30=33;\\boxed{33}", "2+2=4;4+4=8;8-1=7;\\boxed{7}", "\\boxed{1}", "9-8=2;\\boxed{2}"]
+    chains = ["4+3=7;\\boxed{7}", "7-4=3;3+30=33;\\boxed{33}", "2+2=4;4+4=8;8-1=7;\\boxed{7}", "\\boxed{1}", "9-8=2;"]
     samples = []
     for i in range(24):
         response = tokenizer.encode(chains[i % 5]) + [tokenizer.eos_token_id]
@@ -48,7 +48,8 @@ def main() -> None:
     if part == "draw":
         with Grader(1) as grader:
             problems = load_problems(args.data)[:9]
-            samples = draw(HfSampler(model, tokenizer, args), grader, problems, [3, 0, 1, 4, 1, 1, 2, 7, 2], (0, 0, 1), 1.0)
+            sampler, counts = HfSampler(model, tokenizer, args), [3, 0, 1, 4, 1, 1, 2, 7, 2]
+            samples = draw(sampler, grader, problems, counts, (0, 0, 1), 1.0)
         result = json.dumps([[s.problem, s.index, s.response_ids.tolist(), s.reward] for s in samples])
         if dist.get_rank() == 0:
             with open(out, "w", encoding="utf-8") as file:

@@ -181,7 +181,8 @@ def test_hung_workers_are_killed_and_the_others_go_on(grader):
     assert grader(["\\boxed{0.50}"], ["1/2"]) == [(1.0, False)]
 
 
-@pytest.mark.parametrize("boxed", ["7" * 100_000, "\0", "{" * 50, "\\text{" * 500, "𝟙" * 100, "\u202e81", "1" + "+1" * 5000])
+@pytest.mark.parametrize("boxed", [
+    "7" * 100_000, "\0", "{" * 50, "\\text{" * 500, "𝟙" * 100, "\u202e81", "1" + "+1" * 5000])
 def test_odd_answers_score_zero(grader, boxed):
     (score, _), = grader([f"\\boxed{{{boxed}}}"], ["18"])
     assert score == 0.0

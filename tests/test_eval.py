@@ -18,7 +18,8 @@ def test_inverse_cdf_by_hand():
     picked = InverseCdf(uniforms, prompt_length=3, temperature=1.0)(torch.zeros(6, 3), scores)
     assert picked.argmax(dim=1).tolist() == [0, 0, 2, 2, 3, 3]
     # Temperature 1/2 squares the odds: 0.04, 0, 0.09, 0.25 over 0.38.
-    picked = InverseCdf(torch.tensor([[0.04 / 0.38 - 1e-6], [0.04 / 0.38 + 1e-6]]), 3, 0.5)(torch.zeros(2, 3), scores[:2])
+    uniforms_near = torch.tensor([[0.04 / 0.38 - 1e-6], [0.04 / 0.38 + 1e-6]])
+    picked = InverseCdf(uniforms_near, 3, 0.5)(torch.zeros(2, 3), scores[:2])
     assert picked.argmax(dim=1).tolist() == [0, 2]
     assert InverseCdf(uniforms, 3, 0.0)(torch.zeros(6, 3), scores).argmax(dim=1).tolist() == [3] * 6
 
@@ -45,7 +46,8 @@ def test_samples_do_not_depend_on_the_batch(model_and_tokenizer, requests):
 
 def test_the_end_token_is_kept_and_cut_responses_are_marked(model_and_tokenizer, requests):
     tokenizer = model_and_tokenizer[1]
-    whole, cut = sample(model_and_tokenizer, requests), sample(model_and_tokenizer, requests, "--max-response-tokens", 12)
+    whole = sample(model_and_tokenizer, requests)
+    cut = sample(model_and_tokenizer, requests, "--max-response-tokens", 12)
     assert any(finished for _, finished in whole) and any(not finished for _, finished in cut)
     for (ids, finished), (short, short_finished) in zip(whole, cut):
         assert finished == (ids[-1] == tokenizer.eos_token_id) and tokenizer.eos_token_id not in ids[:-1]

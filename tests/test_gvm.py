@@ -164,7 +164,8 @@ def test_a_window_allocates_over_its_steps_and_counts_its_pilot(tools, problems)
     assert sum(len(samples) for samples, _, _ in results[:3]) == 3 * 8 * 4  # the budget, exactly, over the window
     assert [figures["samples"] - len(samples) for samples, figures, _ in results] == [48, 0, 0, 48]  # the pilots
     for (samples, _, window), step in zip(results, (1, 2, 3)):
-        counts = {p.id: n for p, n in zip(problems_of_step(problems, step, flags("--prompts-per-step", 8)), window["counts"][step - 1])}
+        batch = problems_of_step(problems, step, flags("--prompts-per-step", 8))
+        counts = {p.id: n for p, n in zip(batch, window["counts"][step - 1])}
         assert all(sum(s.problem == i for s in samples) == n for i, n in counts.items())
         assert all(s.index >= 2 for s in samples)  # the pilot's own samples are not trained on
 
@@ -174,8 +175,9 @@ def test_describe_by_hand():
     samples = [make_sample(i, reward, [1, 2, 3]) for i, group in rewards.items() for reward in group]
     figures = describe(samples, [make_sample(9, 1.0, [1])], np.array([2, 3, 1]))
     assert figures["samples"] == 7 and figures["tokens"] == 19 and figures["accept_rate"] == 0.5
-    assert [figures[f"budget_{name}"] for name in ("never", "sometimes", "always")] == pytest.approx([1 / 6, 3 / 6, 2 / 6])
-    assert [figures[f"prompts_{name}"] for name in ("never", "sometimes", "always")] == pytest.approx([1 / 3] * 3)
+    names = ("never", "sometimes", "always")
+    assert [figures[f"budget_{name}"] for name in names] == pytest.approx([1 / 6, 3 / 6, 2 / 6])
+    assert [figures[f"prompts_{name}"] for name in names] == pytest.approx([1 / 3] * 3)
 
 
 def test_a_budget_below_the_pilot_is_refused():
@@ -193,7 +195,8 @@ def test_the_script_writes_a_table_the_same_for_one_and_two_ranks(tmp_path):
     assert [row["id"] for row in one] == list(range(16)) and sum(row["n"] for row in one) == 128
     assert "budget: 128 samples" in done.stdout and "predicted variance" in done.stdout
     for a, b in zip(one, two):
-        assert (a["p"], a["n"], a["tokens"]) == (b["p"], b["n"], b["tokens"]) and a["G"] == pytest.approx(b["G"], rel=1e-4)
+        assert (a["p"], a["n"], a["tokens"]) == (b["p"], b["n"], b["tokens"])
+        assert a["G"] == pytest.approx(b["G"], rel=1e-4)
     before = (tmp_path / "one.jsonl").read_text()
     refused = run_script("gvm.py", *words, "--out", tmp_path / "one.jsonl", check=False)
     assert refused.returncode == 2 and "exists already" in refused.stderr and len(refused.stderr.splitlines()) == 1

@@ -46,7 +46,8 @@ def test_losses_by_hand():
     assert losses.tolist() == pytest.approx((-logprobs).tolist()) and not clipped.any()
     # Ratios 1, 2, 1.25, 0.2: clipped above at 1.28, and below not at all, since the minimum is taken.
     losses, clipped = token_losses(logprobs, old, Namespace(loss="raft++", clip_low=0.2, clip_high=0.28))
-    assert losses.tolist() == pytest.approx([-1.0, -1.28, -1.25, -0.2]) and clipped.tolist() == [False, True, False, False]
+    assert losses.tolist() == pytest.approx([-1.0, -1.28, -1.25, -0.2])
+    assert clipped.tolist() == [False, True, False, False]
 
 
 def test_clipped_tokens_have_no_gradient():
@@ -124,8 +125,9 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(small):
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
-SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--pilot-samples", 2, "--eval-samples", 1, "--eval-every", 2,
-         "--save-every", 2, "--keep", 1, "--max-response-tokens", 40, "--kl-coef", 0.01, "--steps", 4]
+SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--pilot-samples", 2, "--eval-samples", 1,
+         "--eval-every", 2, "--save-every", 2, "--keep", 1, "--max-response-tokens", 40, "--kl-coef", 0.01, "--gradient-checkpointing",
+         "--steps", 4]
 
 
 def read_log(out, drop=("seconds",)) -> list[dict]:
@@ -187,12 +189,14 @@ def test_the_log_counts_everything(straight, toy):
     assert AutoTokenizer.from_pretrained(checkpoint).chat_template and AutoTokenizer.from_pretrained(toy)
 
 
-def test_sigterm_saves_and_exits_with_0(tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
     out = tmp_path / "run"
-    run = Started("raft.py", *SMALL[:-1], 1000, "--save-every", 1000, "--out", out, mark=out)
+    run = Started("raft.py", *SMALL[:-1], 1000, "--save-every", 1000, "--out", out, ranks=ranks, mark=out)
     wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 1)
     run.process.terminate()
-    assert run.process.wait(timeout=60) == 0, run.output.read_text()
+    code = run.process.wait(timeout=60)
+    assert code == 0 or ranks > 1, run.output.read_text()  # torchrun has an exit code of its own
     last = read_log(out)[-1]["step"]
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{last:06d}"]
 
@@ -255,8 +259,7 @@ def test_users_see_one_line_and_exit_code_2(straight, ranks):
 
 @pytest.mark.parametrize("allocator", ["gvm", "uniform"])
 def test_training_helps(tmp_path, allocator):
-    words = ["--allocator", allocator, "--steps", 10, "--eval-every", 10, "--eval-samples", 4]
-    run_script("raft.py", *words, "--out", tmp_path / "run")
+    run_script("raft.py", "--allocator", allocator, "--steps", 6, "--eval-every", 6, "--out", tmp_path / "run")
     log = read_log(tmp_path / "run")
     assert log[-1]["eval_accuracy"] > log[0]["eval_accuracy"] + 0.05
-    assert log[-1]["samples"] == 10 * 32 * 8
+    assert log[-1]["samples"] == 6 * 32 * 8
