@@ -8,20 +8,25 @@ import torch
 from conftest import flags, run_script
 
 from data import InputError, encode_prompt
-from eval import HfSampler, InverseCdf, avg_at_k, draw, evaluate, load_model, load_prompts
+from eval import GumbelMax, HfSampler, avg_at_k, draw, evaluate, load_model, load_prompts
 
 
-def test_inverse_cdf_by_hand():
-    # Probabilities 0.2, 0, 0.3, 0.5: cumulative 0.2, 0.2, 0.5, 1.
-    scores = torch.log(torch.tensor([[0.2, 0.0, 0.3, 0.5]])).repeat(6, 1)
-    uniforms = torch.tensor([[0.0], [0.19], [0.2], [0.49], [0.5], [1 - 1e-16]], dtype=torch.float64)
-    picked = InverseCdf(uniforms, prompt_length=3, temperature=1.0)(torch.zeros(6, 3), scores)
-    assert picked.argmax(dim=1).tolist() == [0, 0, 2, 2, 3, 3]
-    # Temperature 1/2 squares the odds: 0.04, 0, 0.09, 0.25 over 0.38.
-    uniforms_near = torch.tensor([[0.04 / 0.38 - 1e-6], [0.04 / 0.38 + 1e-6]])
-    picked = InverseCdf(uniforms_near, 3, 0.5)(torch.zeros(2, 3), scores[:2])
-    assert picked.argmax(dim=1).tolist() == [0, 2]
-    assert InverseCdf(uniforms, 3, 0.0)(torch.zeros(6, 3), scores).argmax(dim=1).tolist() == [3] * 6
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_gumbel_max_draws_from_the_distribution(temperature):
+    probabilities = torch.tensor([0.2, 0.0, 0.3, 0.5])
+    pick = GumbelMax([(i,) for i in range(4000)], temperature, torch.device("cpu"))
+    drawn = pick(None, probabilities.log().repeat(4000, 1)).argmax(dim=1)
+    expected = probabilities ** (1 / temperature) / (probabilities ** (1 / temperature)).sum()
+    assert (torch.bincount(drawn, minlength=4) / 4000 - expected).abs().max() < 0.03 and 1 not in drawn
+
+
+def test_gumbel_max_hardly_notices_rounding():
+    scores = torch.randn(4000, 1000, generator=torch.Generator().manual_seed(0))
+    rounded = scores + 1e-5 * torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
+    seeds, device = [(i,) for i in range(4000)], torch.device("cpu")
+    first, second = (GumbelMax(seeds, 1.0, device)(None, s) for s in (scores, rounded))
+    assert (first.argmax(dim=1) != second.argmax(dim=1)).sum() <= 1  # inverting the cumulative: dozens
+    assert GumbelMax([(0,)], 0.0, device)(None, scores[:1]).argmax() == scores[0].argmax()
 
 
 @pytest.fixture

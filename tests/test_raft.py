@@ -126,8 +126,8 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(small):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--pilot-samples", 2, "--eval-samples", 1,
-         "--eval-every", 2, "--save-every", 2, "--keep", 1, "--max-response-tokens", 40, "--kl-coef", 0.01, "--gradient-checkpointing",
-         "--steps", 4]
+         "--eval-every", 2, "--save-every", 2, "--keep", 1, "--max-response-tokens", 40, "--kl-coef", 0.01,
+         "--gradient-checkpointing", "--steps", 4]
 
 
 def read_log(out, drop=("seconds",)) -> list[dict]:
