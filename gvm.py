@@ -234,6 +234,9 @@ def collect(policy: Policy, sampler, grader, problems: list[Problem], step: int,
 
 def describe(samples: list[Sample], extra: list[Sample], counts: np.ndarray) -> dict:
     """Log figures of a step's samples and of an `extra` pilot: how many, how right, and where the budget went."""
+    def mean(values) -> float | None:
+        return float(np.mean(values)) if len(values) else None  # a step of a window may get no samples at all
+
     rewards, drawn = np.array([sample.reward for sample in samples]), samples + extra
     solved = [group.mean() if len(group) else 0.0 for group in np.split(rewards, np.cumsum(counts)[:-1])]
     groups = {"never": np.equal(solved, 0), "always": np.equal(solved, 1)}
@@ -241,11 +244,11 @@ def describe(samples: list[Sample], extra: list[Sample], counts: np.ndarray) -> 
     return {
         "samples": len(drawn),
         "tokens": sum(len(sample.response_ids) for sample in drawn),
-        "accept_rate": float(rewards.mean()),
-        "truncated": float(np.mean([not sample.finished for sample in drawn])),
+        "accept_rate": mean(rewards),
+        "truncated": mean([not sample.finished for sample in drawn]),
         "grader_failures": sum(sample.grader_failed for sample in drawn),
-        **{f"prompts_{name}": float(members.mean()) for name, members in groups.items()},
-        **{f"budget_{name}": float(counts[members].sum() / counts.sum()) for name, members in groups.items()},
+        **{f"prompts_{name}": mean(members) for name, members in groups.items()},
+        **{f"budget_{name}": float(counts[members].sum() / max(counts.sum(), 1)) for name, members in groups.items()},
     }
 
 

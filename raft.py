@@ -86,7 +86,7 @@ def sample_weights(samples: list[Sample], prompts: int, weighting: str) -> np.nd
     if weighting == "prompt":
         accepted = Counter(sample.problem for sample in samples if sample.reward > 0)
         per_prompt = np.array([max(accepted[sample.problem], 1) for sample in samples])
-        return right / (prompts * per_prompt * lengths.mean())
+        return right / (prompts * per_prompt * lengths.sum() / max(len(lengths), 1))
     if weighting == "token":
         return right / lengths.sum()
     return right / (max(right.sum(), 1) * lengths)

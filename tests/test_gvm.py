@@ -180,6 +180,11 @@ def test_describe_by_hand():
     assert [figures[f"prompts_{name}"] for name in names] == pytest.approx([1 / 3] * 3)
 
 
+def test_a_step_of_a_window_may_get_no_samples():
+    figures = describe([], [], np.zeros(2, int))
+    assert (figures["samples"], figures["accept_rate"], figures["prompts_never"]) == (0, None, 1.0)
+
+
 def test_a_budget_below_the_pilot_is_refused():
     check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 4))
     check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 8, "--e-step-every", 10))

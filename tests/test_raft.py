@@ -30,7 +30,7 @@ def test_weights_by_hand(weighting, expected):
     assert sample_weights(GROUPS, 3, weighting) == pytest.approx(expected)
     order = [3, 0, 4, 2, 1]
     assert sample_weights([GROUPS[i] for i in order], 3, weighting) == pytest.approx([expected[i] for i in order])
-    assert not sample_weights([GROUPS[2], GROUPS[4]], 2, weighting).any()
+    assert not sample_weights([GROUPS[2], GROUPS[4]], 2, weighting).any() and len(sample_weights([], 2, weighting)) == 0
 
 
 def test_prompt_weights_do_not_depend_on_how_many_samples_a_prompt_got():
