@@ -77,7 +77,7 @@ def test_logits_of_all_tokens_are_never_held(monkeypatch):
     tokens = sum(len(sample.response_ids) for sample in samples)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         logprobs, _ = policy(**collate(samples, torch.device("cpu")))
-    assert tokens > 30 and not [shape for shape in saved if shape and shape[-1] == 40 and np.prod(shape) >= 40 * 30]
+    assert tokens > 30 and saved and not [shape for shape in saved if shape[-1:] == (40,)]  # 40: the vocabulary
     logprobs.sum().backward()
 
 
