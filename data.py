@@ -1,6 +1,7 @@
 """Problems and answers: loading them, the one prompt template, and grading by mathematical equivalence.
 
-Everything that reads a data set or judges a response comes through here, in training and in evaluation alike.
+Everything that comes from outside comes through here, in training and in evaluation alike: flags, data sets, and the
+responses that are judged. What is wrong with it is an InputError.
 
     problems = load_problems("train.jsonl")                  # or a hub data set: "openai/gsm8k:main"
     prompt_ids = encode_prompt(tokenizer, problems[0])
@@ -8,8 +9,10 @@ Everything that reads a data set or judges a response comes through here, in tra
         (score, killed), = grader(["... so it is \\boxed{18}"], [problems[0].answer])
 """
 
+import argparse
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -35,6 +38,36 @@ class InputError(Exception):
     """Bad input from the user: one line that names the flag or file and the remedy. Scripts exit with code 2."""
 
 
+def at_least(low):
+    """An argparse type: a finite number of the type of `low`, and not below it."""
+
+    def convert(text: str):
+        value = type(low)(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
+        return value
+
+    convert.__name__ = type(low).__name__
+    return convert
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is written."""
+
+
+def parse(description: str, *declare) -> argparse.Namespace:
+    """The flags that the functions in `declare` add; raises InputError for a wrong one, which rank 0 alone prints."""
+
+    def complain(message: str):
+        raise InputError(f"{message} (see --help)")
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = complain
+    for declare_flags in declare:
+        declare_flags(parser)
+    return parser.parse_args()
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem of a data set. `id` is its row, from 0; samples, seeds and groups refer to it."""
@@ -42,9 +75,6 @@ class Problem:
     id: int
     question: str
     answer: str  # the reference, reduced to what belongs into the box: "18", "\\frac{1}{2}"
-
-
-# --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def load_problems(spec: str, split: str = "train", limit: int | None = None) -> list[Problem]:
@@ -149,9 +179,6 @@ def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
     return [problems[i] for i in order[position * args.prompts_per_step :][: args.prompts_per_step]]
 
 
-# --- the prompt ------------------------------------------------------------------------------------------------------
-
-
 def encode_prompt(tokenizer, problem: Problem) -> list[int]:
     """Token ids of the prompt, rendered by the tokenizer's chat template, or by PLAIN_TEMPLATE where it has none."""
     if tokenizer.chat_template is None:
@@ -162,9 +189,6 @@ def encode_prompt(tokenizer, problem: Problem) -> list[int]:
         {"role": "user", "content": f"{problem.question}\n{INSTRUCTION}"},
     ]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-
-
-# --- grading ---------------------------------------------------------------------------------------------------------
 
 
 def extract_boxed(text: str) -> str | None:

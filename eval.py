@@ -7,7 +7,6 @@ practice in fp32 on CPU; on CUDA bf16 matrix products depend on the batch).
 
 import argparse
 import importlib.util
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 from transformers.utils import logging as transformers_logging
 
-from data import InputError, Problem, encode_prompt, load_problems
+from data import InputError, Problem, at_least, encode_prompt, load_problems
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy")
 TRAINING, EVALUATION = 0, 1  # the purpose of a sample, part of its seed
@@ -36,41 +36,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-prompt-tokens", type=at_least(1), default=64, help="longer prompts are dropped, and counted")
     add("--max-response-tokens", type=at_least(1), default=64, help="longer responses are cut, and graded as they are")
     add("--sampler-batch-size", type=at_least(1), default=256, help="sequences the hf sampler holds; a memory flag")
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-def at_least(low):
-    """An argparse type: a finite number of the type of `low`, and not below it."""
-
-    def convert(text: str):
-        value = type(low)(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
-        return value
-
-    convert.__name__ = type(low).__name__
-    return convert
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is written."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is an InputError, so that rank 0 alone prints one line."""
-
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
-
-
-def parse(description: str, *declare) -> argparse.Namespace:
-    """The flags that the functions in `declare` add; raises InputError for a wrong one."""
-    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-    for declare_flags in declare:
-        declare_flags(parser)
-    return parser.parse_args()
 
 
 def run(main) -> None:
@@ -159,9 +124,6 @@ def load_prompts(spec: str, split: str, tokenizer, args, limit: int | None = Non
     return fitting
 
 
-# --- sampling --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Sample:
     """One response to one problem, with everything that training asks of it. Token ids only: text is not kept."""
@@ -176,6 +138,8 @@ class Sample:
     old_logprobs: np.ndarray | None = None  # float32 (response,), the trainer's, before the step's first update
     ref_logprobs: np.ndarray | None = None  # float32 (response,), the KL reference's
     grad_norm: float = 0.0  # of the token sum of -log pi, with respect to the output head
+    advantage: float = 0.0  # what its reward is worth to the objective (raft.keep_right, grpo.compare_groups)
+    weight: float = 0.0  # of its token sum in the loss of its update
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -253,14 +217,15 @@ def make_sampler(model, tokenizer, args):
 
 
 def draw(sampler, grader, problems: list[Problem], counts, key: tuple[int, ...], temperature: float,
-         first: int = 0) -> list[Sample]:
-    """Draw counts[i] graded samples of problems[i], numbered from `first`; the same list on every rank.
+         first=0) -> list[Sample]:
+    """Draw counts[i] graded samples of problems[i], numbered from `first` (or first[i]); the same list on every rank.
 
     key: (seed, purpose, step). The samples, in the order of problems, are cut into one equal part a rank; the gathered
     order is therefore the same whatever the number of ranks.
     """
     owners = np.repeat(np.arange(len(problems)), counts)
-    indices = first + np.concatenate([np.arange(count) for count in counts])
+    starts = np.broadcast_to(first, len(problems))
+    indices = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts)])
     mine = np.array_split(np.arange(len(owners)), dist.get_world_size())[dist.get_rank()]
     prompts = {i: encode_prompt(sampler.tokenizer, problems[i]) for i in np.unique(owners[mine])}
     seeds = [(*key, problems[owners[k]].id, int(indices[k])) for k in mine]
@@ -274,7 +239,35 @@ def draw(sampler, grader, problems: list[Problem], counts, key: tuple[int, ...],
     ])
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
+def deal(samples: list, ranks: int, tokens_per_micro_batch: int) -> list[list[list[int]]]:
+    """Micro-batches of every rank, as indices: dealt by length, so that ranks have equal work and rows little padding.
+
+    samples: anything with a length in tokens. A micro-batch is padded to its longest row, its first, and holds at most
+    tokens_per_micro_batch tokens, or one row.
+    """
+    by_length = sorted(range(len(samples)), key=lambda i: -len(samples[i]))
+    shares = []
+    for rank in range(ranks):
+        batches: list[list[int]] = []
+        for i in by_length[rank::ranks]:
+            if batches and (len(batches[-1]) + 1) * len(samples[batches[-1][0]]) <= tokens_per_micro_batch:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        shares.append(batches)
+    return shares
+
+
+def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
+    """Policy's inputs for these samples: input_ids, attention_mask, response_mask, each (batch, time)."""
+    rows = [torch.from_numpy(np.concatenate([s.prompt_ids, s.response_ids])).long() for s in samples]
+    in_response = [torch.arange(len(row)) >= len(s.prompt_ids) for row, s in zip(rows, samples)]
+    columns = {
+        "input_ids": rows,
+        "attention_mask": [torch.ones_like(row) for row in rows],
+        "response_mask": in_response,
+    }
+    return {name: pad_sequence(column, batch_first=True).to(device) for name, column in columns.items()}
 
 
 def avg_at_k(rewards: np.ndarray) -> float:

@@ -10,19 +10,20 @@
 import argparse
 import json
 import os
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from allocator import allocate, gvm_weights, variance_ratio
-from data import Grader, InputError, Problem, problems_of_step
-from eval import TOY, TRAINING, Sample, at_least, draw, gather, load_model, load_prompts, make_sampler
+from allocator import allocate, estimate, gvm_weights, posterior_weights, reward_weights, variance_ratio
+from data import Grader, InputError, Problem, at_least, parse, problems_of_step
+from eval import TOY, TRAINING, Sample, collate, deal, draw, gather, load_model, load_prompts, make_sampler
 from eval import add_flags as add_model_flags
-from eval import on_rank0, parse, print0, run, setup
+from eval import on_rank0, print0, run, setup
 
 HEAD_CHUNK = 512  # tokens whose logits, (tokens, vocabulary) in fp32, are held at once
 
@@ -33,23 +34,35 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", default=os.path.join(TOY, "train.jsonl"), help="problems: a file, or a hub data set, name[:config]")
     add("--split", default="train", help="split of --data, if it is a hub data set")
     add("--samples-per-prompt", type=at_least(1), default=8, help="the budget, on average; includes a reused pilot")
-    add("--pilot-samples", type=at_least(1), default=4, help="N': samples of each prompt to estimate p and G from")
+    add("--allocator", choices=["uniform", "gvm", "reward"], default="gvm",
+        help="who gets how many: all alike; Prop. 1, for RAFT; or what fits policy gradients (GRPO)")
+    add("--pilot-samples", type=at_least(1), default=2, help="N': samples of each prompt to estimate p and G from")
+    add("--rounds", type=at_least(1), default=3, help="parts in which the rest is spent, p and G renewed before each")
     add("--e-step-every", type=at_least(1), default=1, metavar="K",
         help="steps that one pilot serves; 1 reuses it for training, above 1 it only informs, and is counted")
-    add("--alpha", type=at_least(0.0), default=1e-3, help="Eq. 7: weight of the penalty on prompts of small p")
+    add("--shrink", action=argparse.BooleanOptionalAction, default=True,
+        help="expect c over the posterior of p, instead of taking p for right / drawn")
+    add("--cost", choices=["samples", "tokens"], default="samples", help="what the budget counts; tokens: as many as "
+        "an even split would take, by each prompt's mean response length so far")
+    add("--alpha", type=at_least(0.0), default=0.01, help="Eq. 7: weight of the penalty on prompts of small p")
     add("--beta", type=at_least(2.0), default=2.0, help="Eq. 7: its power")
     add("--weighting", choices=["prompt", "token", "sequence"], default="prompt",
         help="a sample's weight in the loss (raft.sample_weights); G is measured to match")
+    add("--advantage", choices=["grpo", "dr", "loo"], default="grpo",
+        help="what grpo.py trains on and --allocator reward is for: grpo.group_advantages")
     add("--tokens-per-micro-batch", type=at_least(1), default=16384, help="padded tokens at once; a memory flag")
 
 
-def check_budget(args) -> None:
-    """Raise InputError for a budget that cannot hold the pilot that it includes."""
+def check_budget(args, fitting: str) -> None:
+    """Raise InputError for a budget without room for its pilot or its rounds; warn of an allocator not `fitting`."""
+    if args.allocator == "uniform":
+        return
     if args.e_step_every == 1 and args.samples_per_prompt < args.pilot_samples:
         raise InputError("--samples-per-prompt is below --pilot-samples, which it includes: raise it, or lower those")
-
-
-# --- log-probabilities and gradient norms ----------------------------------------------------------------------------
+    if args.e_step_every > 1 and args.rounds > 1:
+        raise InputError("--e-step-every above 1 spends the budget step by step, not in rounds: add --rounds 1")
+    if args.allocator != fitting:
+        print0(f"warning: --allocator {args.allocator} fits another gradient estimator; here {fitting} does")
 
 
 class Policy(nn.Module):
@@ -132,37 +145,6 @@ class Policy(nn.Module):
                              "linear; gradient norms would be wrong for it: choose another model")
 
 
-def deal(samples: list, ranks: int, tokens_per_micro_batch: int) -> list[list[list[int]]]:
-    """Micro-batches of every rank, as indices: dealt by length, so that ranks have equal work and rows little padding.
-
-    samples: anything with a length in tokens. A micro-batch is padded to its longest row, its first, and holds at most
-    tokens_per_micro_batch tokens, or one row.
-    """
-    by_length = sorted(range(len(samples)), key=lambda i: -len(samples[i]))
-    shares = []
-    for rank in range(ranks):
-        batches: list[list[int]] = []
-        for i in by_length[rank::ranks]:
-            if batches and (len(batches[-1]) + 1) * len(samples[batches[-1][0]]) <= tokens_per_micro_batch:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        shares.append(batches)
-    return shares
-
-
-def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
-    """Policy's inputs for these samples: input_ids, attention_mask, response_mask, each (batch, time)."""
-    rows = [torch.from_numpy(np.concatenate([s.prompt_ids, s.response_ids])).long() for s in samples]
-    in_response = [torch.arange(len(row)) >= len(s.prompt_ids) for row, s in zip(rows, samples)]
-    columns = {
-        "input_ids": rows,
-        "attention_mask": [torch.ones_like(row) for row in rows],
-        "response_mask": in_response,
-    }
-    return {name: pad_sequence(column, batch_first=True).to(device) for name, column in columns.items()}
-
-
 @torch.no_grad()
 def score(policy: Policy, samples: list[Sample], tokens_per_micro_batch: int, norms: bool = False,
           into: str = "old_logprobs") -> None:
@@ -180,29 +162,48 @@ def score(policy: Policy, samples: list[Sample], tokens_per_micro_batch: int, no
         samples[i].grad_norm = norm
 
 
-# --- the E-step ------------------------------------------------------------------------------------------------------
+def weight_rule(args):
+    """The rule that --allocator names: a function from (p, G+, G-) to weights, as allocator.posterior_weights wants."""
+    if args.allocator == "gvm":
+        return lambda p, right, wrong: gvm_weights(p, right, args.alpha, args.beta)
+    return partial(reward_weights, normalize_std=args.advantage == "grpo")
 
 
-def e_step(policy: Policy, sampler, grader, problems: list[Problem], step: int, args) -> tuple[dict, list[Sample]]:
-    """Algorithm 2: N' pilot samples a prompt, graded; one forward pass over the right ones gives G; the allocation.
+def e_step(draw_more, problems: list[Problem], args) -> tuple[dict, list[Sample]]:
+    """Algorithm 2: N' pilot samples a prompt, what they tell of p and G, the allocation; over again with --rounds.
 
-    Returns the table {"accept_rates": p, "grad_norms": G, "counts": n}, (prompts,) each, and the pilot's samples, N' of
-    each problem in turn. p = right / N'. G is the root mean square of the right samples' norms, as in the derivation
-    (Algorithm 2 writes the mean), and 0 where there are none.
+    draw_more: from counts, (problems,), and the index of each problem's first sample, to graded samples with norms.
+    Returns the samples drawn and a table, (problems,) a column: those of allocator.estimate, "weights", and "counts",
+    the samples that each problem gets in all. With --rounds R, R - 1 parts of them are drawn here; the last is the
+    caller's. --cost tokens counts each sample by the mean response tokens of its problem.
     """
-    shape = (len(problems), args.pilot_samples)
-    key = (args.seed, TRAINING, step)
-    pilot = draw(sampler, grader, problems, np.full(*shape), key, args.temperature)
-    score(policy, [s for s in pilot if s.reward > 0], args.tokens_per_micro_batch, norms=True)
-    # `sequence` weights divide the loss of a response, and so its gradient, by its length.
-    norms = [s.grad_norm / (len(s.response_ids) if args.weighting == "sequence" else 1) for s in pilot]
-    right = np.reshape([s.reward > 0 for s in pilot], shape)
-    squares = (np.reshape(norms, shape) ** 2 * right).sum(axis=1)
-    table = {"accept_rates": right.mean(axis=1), "grad_norms": np.sqrt(squares / np.maximum(right.sum(axis=1), 1))}
-    weights = gvm_weights(**table, alpha=args.alpha, beta=args.beta)
-    reused = args.pilot_samples if args.e_step_every == 1 else 0
-    table["counts"] = allocate(weights, len(problems) * args.samples_per_prompt, min_samples=reused)
-    return table, pilot
+    position = {problem.id: i for i, problem in enumerate(problems)}
+    rule, drawn = weight_rule(args), np.full(len(problems), args.pilot_samples)
+    samples = draw_more(drawn, 0)
+    for rounds_left in range(args.rounds, 0, -1):
+        lengths = np.array([len(sample.response_ids) for sample in samples])
+        # `sequence` weights divide the loss of a response, and so its gradient, by its length.
+        norms = [s.grad_norm for s in samples] / (lengths if args.weighting == "sequence" else np.ones(len(samples)))
+        table = estimate([position[s.problem] for s in samples], [s.reward > 0 for s in samples], norms, lengths,
+                         len(problems))
+        right, kinds = table["right"], (table["grad_norms_right"], table["grad_norms_wrong"])
+        table["weights"] = posterior_weights(rule, right, drawn, *kinds) if args.shrink else rule(right / drawn, *kinds)
+        prices = table["tokens"] if args.cost == "tokens" else np.ones(len(problems))
+        reused = drawn if args.e_step_every == 1 else np.zeros_like(drawn)
+        spent = prices @ reused
+        share = max(args.samples_per_prompt * prices.sum() - spent, 0) / rounds_left
+        table["counts"] = allocate(table["weights"], spent + share, reused, prices=prices)
+        if rounds_left > 1:
+            samples += draw_more(table["counts"] - drawn, drawn)
+            drawn = table["counts"]
+    return table, samples
+
+
+def draw_scored(policy: Policy, sampler, grader, problems: list[Problem], step: int, args, counts, first):
+    """Graded samples of this step, with log-probs and gradient norms: what e_step asks for."""
+    samples = draw(sampler, grader, problems, counts, (args.seed, TRAINING, step), args.temperature, first)
+    score(policy, samples, args.tokens_per_micro_batch, norms=True)
+    return samples
 
 
 def collect(policy: Policy, sampler, grader, problems: list[Problem], step: int, args,
@@ -213,46 +214,45 @@ def collect(policy: Policy, sampler, grader, problems: list[Problem], step: int,
     informs the allocation among them. The window holds the table of e_step, a row a step, JSON-ready for a checkpoint.
     """
     batch, K = problems_of_step(problems, step, args), args.e_step_every
-    counts, pilot, figures = np.full(len(batch), args.samples_per_prompt), [], {}
-    if args.allocator == "gvm":
+    counts, first, pilot, figures = np.full(len(batch), args.samples_per_prompt), 0, [], {}
+    if args.allocator != "uniform":
         if window is None or step >= window["first_step"] + K:
             ahead = [problem for later in range(step, step + K) for problem in problems_of_step(problems, later, args)]
-            table, pilot = e_step(policy, sampler, grader, ahead, step, args)
+            table, pilot = e_step(partial(draw_scored, policy, sampler, grader, ahead, step, args), ahead, args)
             window = {"first_step": step, **{name: column.reshape(K, -1).tolist() for name, column in table.items()}}
-        row = step - window["first_step"]
-        p, G, counts = (np.array(window[name][row]) for name in ("accept_rates", "grad_norms", "counts"))
+        table = {name: np.array(window[name][step - window["first_step"]]) for name in window.keys() - {"first_step"}}
+        counts, first = table["counts"], table["drawn"]
         even = args.samples_per_prompt + (args.pilot_samples if K > 1 else 0)  # what uniform could spend for the same
-        figures["predicted_variance"] = variance_ratio(p, G, counts, even)
-        figures["pilot_unsolved"] = float(np.mean(p == 0))
-    reused, first = (pilot if K == 1 else []), (args.pilot_samples if args.allocator == "gvm" else 0)
-    rest = draw(sampler, grader, batch, counts - first if reused else counts, (args.seed, TRAINING, step),
-                args.temperature, first)
-    position = {problem.id: i for i, problem in enumerate(batch)}
-    samples = sorted(reused + rest, key=lambda sample: (position[sample.problem], sample.index))
-    return samples, describe(samples, pilot if K > 1 else [], counts) | figures, window
+        ratio = variance_ratio(table["weights"], counts, even)
+        figures = {"predicted_variance": None if ratio == np.inf else ratio,  # JSON has no infinity
+                   "predicted_tokens": float(table["tokens"] @ counts / (table["tokens"].sum() * even)),
+                   "pilot_unsolved": float(np.mean(table["right"] == 0))}
+    reused, extra = (pilot, []) if K == 1 else ([], pilot)
+    samples = reused + draw(sampler, grader, batch, counts - first if K == 1 else counts,
+                            (args.seed, TRAINING, step), args.temperature, first)
+    return samples, describe(samples, extra, batch) | figures, window
 
 
-def describe(samples: list[Sample], extra: list[Sample], counts: np.ndarray) -> dict:
+def describe(samples: list[Sample], extra: list[Sample], problems: list[Problem]) -> dict:
     """Log figures of a step's samples and of an `extra` pilot: how many, how right, and where the budget went."""
+
     def mean(values) -> float | None:
         return float(np.mean(values)) if len(values) else None  # a step of a window may get no samples at all
 
-    rewards, drawn = np.array([sample.reward for sample in samples]), samples + extra
-    solved = [group.mean() if len(group) else 0.0 for group in np.split(rewards, np.cumsum(counts)[:-1])]
-    groups = {"never": np.equal(solved, 0), "always": np.equal(solved, 1)}
-    groups["sometimes"] = ~(groups["never"] | groups["always"])
+    drawn = samples + extra
+    counts, right = Counter(s.problem for s in samples), Counter(s.problem for s in samples if s.reward > 0)
+    groups = {"never": [p.id for p in problems if right[p.id] == 0],
+              "always": [p.id for p in problems if right[p.id] == counts[p.id] > 0]}
+    groups["sometimes"] = [p.id for p in problems if 0 < right[p.id] < counts[p.id]]
     return {
         "samples": len(drawn),
         "tokens": sum(len(sample.response_ids) for sample in drawn),
-        "accept_rate": mean(rewards),
+        "accept_rate": mean([sample.reward for sample in samples]),
         "truncated": mean([not sample.finished for sample in drawn]),
         "grader_failures": sum(sample.grader_failed for sample in drawn),
-        **{f"prompts_{name}": mean(members) for name, members in groups.items()},
-        **{f"budget_{name}": float(counts[members].sum() / max(counts.sum(), 1)) for name, members in groups.items()},
+        **{f"prompts_{name}": len(ids) / len(problems) for name, ids in groups.items()},
+        **{f"budget_{name}": sum(counts[i] for i in ids) / max(len(samples), 1) for name, ids in groups.items()},
     }
-
-
-# --- the script ------------------------------------------------------------------------------------------------------
 
 
 def add_table_flags(parser: argparse.ArgumentParser) -> None:
@@ -273,8 +273,10 @@ def write_table(path: str, columns: dict) -> None:
 
 
 def main(args) -> None:
-    """Write one line a problem: id, p, G, n and the mean tokens of its pilot samples; print what it would gain."""
-    check_budget(args)
+    """Write one line a problem: id, p, and the columns of e_step; print a summary."""
+    if args.allocator == "uniform":
+        raise InputError("--allocator uniform: has no E-step; choose gvm or reward")
+    check_budget(args, args.allocator)
     device = setup()
     if os.path.exists(args.out):
         raise InputError(f"--out {args.out}: exists already; choose another name")
@@ -282,15 +284,14 @@ def main(args) -> None:
     problems = load_prompts(args.data, args.split, tokenizer, args, args.limit)
     with Grader() as grader:
         sampler, policy = make_sampler(model, tokenizer, args), Policy(model, args.temperature)
-        table, pilot = e_step(policy, sampler, grader, problems, 1, args)
-    p, G, counts = table.values()
-    lengths = np.reshape([len(sample.response_ids) for sample in pilot], (len(problems), -1)).mean(axis=1)
-    ids = [problem.id for problem in problems]
-    on_rank0(write_table, args.out, {"id": ids, "p": p, "G": G, "n": counts, "tokens": lengths})
-    print0(f"pilot: {len(pilot)} samples, {p.mean():.3f} right; {np.mean(p == 0):.0%} of the problems unsolved")
+        draw_more = partial(draw_scored, policy, sampler, grader, problems, 1, args)
+        table, pilot = e_step(draw_more, problems, args)
+    counts, right, ids = table["counts"], table["right"], [problem.id for problem in problems]
+    on_rank0(write_table, args.out, {"id": ids, "p": right / table["drawn"], **table})
+    print0(f"drawn: {len(pilot)} samples, {right.sum() / len(pilot):.3f} right; {np.mean(right == 0):.0%} unsolved")
     print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} a problem")
-    ratio = variance_ratio(p, G, counts, args.samples_per_prompt)
-    print0("predicted variance against uniform:", "unknown" if ratio is None else f"{ratio:.3f} (the pilot's estimate)")
+    ratio = variance_ratio(table["weights"], counts, args.samples_per_prompt)
+    print0("predicted variance against uniform:", "unknown" if ratio is None else f"{ratio:.3f} (its own estimate)")
 
 
 if __name__ == "__main__":

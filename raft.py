@@ -5,9 +5,8 @@
     torchrun raft.py --resume                             # go on after an interruption
     torchrun --nproc-per-node 8 raft.py ...               # the paper's run: see README.md
 
-A step: draw samples where they help (gvm.collect), keep the right ones, and take a few gradient steps on
-sum_j w_j sum_t loss_jt, j over the kept samples and t over their tokens. The weights w_j come from global counts, so
-neither micro-batches nor ranks change the gradient.
+A step: draw samples where they help (gvm.collect), keep the right ones, take a few gradient steps on sum_j w_j sum_t
+loss_jt, j over kept samples, t over their tokens. The w_j come from global counts: no batch or rank changes the sum.
 """
 
 import argparse
@@ -17,36 +16,35 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import gvm
-from data import Grader, InputError, Problem, problems_of_step
-from eval import TOY, Sample, at_least, evaluate, gather, load_model, load_prompts, make_sampler
+from data import Grader, InputError, Problem, at_least, parse, problems_of_step
+from eval import TOY, Sample, collate, deal, evaluate, gather, load_model, load_prompts, make_sampler
 from eval import add_flags as add_model_flags
-from eval import on_rank0, parse, print0, run, setup
-from gvm import Policy, collate, collect, deal, score
+from eval import on_rank0, print0, run, setup
+from gvm import Policy, collect, score
 
 START = {"step": -1, "samples": 0, "tokens": 0, "updates": 0, "updates_empty": 0, "updates_not_finite": 0,
-         "grader_failures": 0, "seconds": 0.0, "seconds_sample": 0.0, "seconds_train": 0.0, "seconds_eval": 0.0,
-         "window": None}  # what a checkpoint keeps beside the model: counts so far, and the window of gvm.collect
+         "grader_failures": 0, "seconds_sample": 0.0, "seconds_train": 0.0, "seconds_eval": 0.0,
+         "window": None, "log_bytes": 0}  # what a checkpoint keeps: counts so far, and the window of gvm.collect
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The objective, the optimisation, and what is kept and reported."""
     add = parser.add_argument_group("objective").add_argument
-    add("--allocator", choices=["uniform", "gvm"], default="gvm", help="who gets how many samples")
-    add("--loss", choices=["raft", "raft++"], default="raft++", help="-ln pi, or Eq. 8's clipped ratio")
-    add("--clip-low", type=at_least(0.0), default=0.2, help="raft++: ratio's lower clip; idle for weights above 0")
-    add("--clip-high", type=at_least(0.0), default=0.28, help="raft++: a token above 1 + this has no gradient")
+    add("--loss", choices=["raft", "raft++"], default="raft++", help="-A ln pi, or Eq. 8's clipped ratio; A: advantage")
+    add("--clip-low", type=at_least(0.0), default=0.2, help="unlikelier than before by this, an unwanted token is left")
+    add("--clip-high", type=at_least(0.0), default=0.28, help="likelier than before by this, a wanted token is left")
     add("--kl-coef", type=at_least(0.0), default=0.0, help="weight of the KL (k3) to the initial model; 0 loads none")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=at_least(1), default=30, help="rounds of sampling and training")
@@ -57,7 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--grad-clip", type=at_least(1e-6), default=1.0, help="largest norm of the gradient")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add = parser.add_argument_group("run").add_argument
-    add("--out", default=None, help="folder of the run (default: runs/raft-ALLOCATOR-SEED), shared by all nodes")
+    add("--out", default=None, help="folder of the run (default: runs/SCRIPT-ALLOCATOR-SEED), shared by all nodes")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, or start if there is none")
     add("--save-every", type=at_least(1), default=10, help="steps between checkpoints; the last step is always saved")
     add("--keep", type=at_least(1), default=2, help="checkpoints kept")
@@ -68,39 +66,47 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--eval-temperature", type=at_least(0.0), default=1.0, help="0 takes the most likely token")
 
 
-# --- loss ------------------------------------------------------------------------------------------------------------
+def sample_weights(samples: list[Sample], used: np.ndarray, prompts: int, weighting: str) -> np.ndarray:
+    """Weight w_j of each sample's token sum in the loss of one update, (samples,); 0 for those not used.
 
-
-def sample_weights(samples: list[Sample], prompts: int, weighting: str) -> np.ndarray:
-    """Weight w_j of each sample's token sum in the loss of one update, (samples,); 0 for wrong ones.
-
-    samples: all of the update, right or wrong. With m = prompts, D_i the right samples of prompt i, T_j lengths:
+    samples: all of the update. used: (samples,), what the estimator averages over: the right ones in RAFT, all in GRPO.
+    With m = prompts, D_i the used samples of prompt i (n_i p_i of n_i in RAFT, all n_i in GRPO), T_j lengths:
     prompt:   1 / (m |D_i|), Algorithm 1, over the mean length of the update, so that learning rates compare. Every
-              solved prompt counts the same however many samples it got.
-    token:    1 / (tokens of all samples), as in the released code. Prompt i counts in proportion to n_i p_i: allocation
-              changes the objective, not only its variance.
-    sequence: 1 / (sum_i |D_i| * T_j), Eq. 8: the mean over right samples of their mean token loss.
+              prompt with used samples counts the same, however many: unequal n_i leave the objective as it is.
+    token:    1 / (tokens of all samples), as in the released code. Prompt i counts in proportion to the tokens in D_i:
+              unequal n_i change the objective, not only its variance.
+    sequence: 1 / (sum_i |D_i| * T_j), Eq. 8: a mean of mean token losses. Prompt i counts in proportion to |D_i|.
     """
     lengths = np.array([len(sample.response_ids) for sample in samples], dtype=float)
-    right = np.array([sample.reward > 0 for sample in samples])
     if weighting == "prompt":
-        accepted = Counter(sample.problem for sample in samples if sample.reward > 0)
-        per_prompt = np.array([max(accepted[sample.problem], 1) for sample in samples])
-        return right / (prompts * per_prompt * lengths.sum() / max(len(lengths), 1))
+        group_sizes = Counter(sample.problem for sample, counted in zip(samples, used) if counted)
+        per_prompt = np.array([max(group_sizes[sample.problem], 1) for sample in samples])
+        return used / (prompts * per_prompt * lengths.sum() / max(len(lengths), 1))
     if weighting == "token":
-        return right / lengths.sum()
-    return right / (max(right.sum(), 1) * lengths)
+        return used / lengths.sum()
+    return used / (max(used.sum(), 1) * lengths)
 
 
-def token_losses(logprobs: torch.Tensor, old_logprobs: torch.Tensor, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each token of right samples, and whether its gradient was clipped away, (tokens,) each.
+def keep_right(samples: list[Sample], prompts: int, args) -> tuple[np.ndarray, np.ndarray]:
+    """RAFT's objective: (advantages, weights), (samples,) each; right samples are trained on, all alike."""
+    right = np.array([sample.reward > 0 for sample in samples], dtype=bool)
+    return right.astype(float), sample_weights(samples, right, prompts, args.weighting)
 
-    raft: -ln pi, old log-probs unused. raft++ (Eq. 8): -min(s, clip(s, 1 - low, 1 + high)), s = pi / pi_old.
+
+def token_losses(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
+                 args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each token, and whether its gradient was clipped away, (tokens,) each. s = pi / pi_old, A = advantage:
+
+    raft:   -A ln pi.
+    raft++: -min(s A, clip(s, 1 - low, 1 + high) A), Eq. 8 for A = 1; PPO's and GRPO's for any A. The clip acts only
+            where the policy has already moved the way that A asks for: for A = 1 the lower bound is idle.
     """
     if args.loss == "raft":
-        return -logprobs, torch.zeros_like(logprobs, dtype=torch.bool)
+        return -advantages * logprobs, torch.zeros_like(logprobs, dtype=torch.bool)
     ratio = torch.exp(logprobs - old_logprobs)
-    return -torch.minimum(ratio, ratio.clamp(1 - args.clip_low, 1 + args.clip_high)), ratio > 1 + args.clip_high
+    losses = -torch.minimum(ratio * advantages, ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * advantages)
+    clipped = (advantages > 0) & (ratio > 1 + args.clip_high) | (advantages < 0) & (ratio < 1 - args.clip_low)
+    return losses, clipped
 
 
 def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
@@ -109,66 +115,65 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     return torch.exp(log_ratio) - 1 - log_ratio
 
 
-def update(policy: DistributedDataParallel, optimizer, samples: list[Sample], weights: np.ndarray, args) -> dict:
+def update(policy: Policy, optimizer, samples: list[Sample], args) -> dict:
     """One optimizer update on sum_j w_j sum_t (loss_jt + kl_coef KL_jt); returns figures that add up over updates.
 
-    No optimizer step if nothing was kept, since AdamW would move on zero gradients, or if the gradient is not finite.
-    A rank with fewer micro-batches than others adds some of weight 0: the last backward pass needs all ranks.
+    Each rank adds up the gradients of its samples, then the ranks add up theirs: the weights are global already. No
+    optimizer step without samples, since AdamW would move on zero gradients, or if the gradient is not finite.
     """
-    kept, weights = [sample for sample, weight in zip(samples, weights) if weight > 0], weights[weights > 0]
-    if not kept:
+    if not samples:
         return {"updates_empty": 1}
-    shares = deal(kept, dist.get_world_size(), args.tokens_per_micro_batch)
-    mine, rounds = shares[dist.get_rank()], max(map(len, shares))
-    shortest = min(range(len(kept)), key=lambda j: len(kept[j]))
     device = next(policy.parameters()).device
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, clipped tokens, KL over tokens
     policy.train()
-    optimizer.zero_grad(set_to_none=True)
-    for i, rows in enumerate(mine + [[shortest]] * (rounds - len(mine))):
-        batch = [kept[j] for j in rows]
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for rows in deal(samples, dist.get_world_size(), args.tokens_per_micro_batch)[dist.get_rank()]:
+        batch = [samples[j] for j in rows]
 
-        def tokens(values) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate(values)).to(device, torch.float32)
+        def tokens(values, batch=batch) -> torch.Tensor:
+            """Values of each sample, one a token or one for all, as (tokens,)."""
+            spread = [np.broadcast_to(value, len(s.response_ids)) for value, s in zip(values, batch)]
+            return torch.from_numpy(np.concatenate(spread)).to(device, torch.float32)
 
-        real = i < len(mine)
-        weight = tokens([np.full(len(s.response_ids), w * real) for s, w in zip(batch, weights[rows])])  # (tokens,)
-        with policy.no_sync() if i < rounds - 1 else nullcontext():
-            logprobs, _ = policy(**collate(batch, device))
-            old = logprobs if args.loss == "raft" else tokens([s.old_logprobs for s in batch])
-            losses, clipped = token_losses(logprobs, old, args)
-            kl = kl_k3(logprobs, tokens([s.ref_logprobs for s in batch])) if args.kl_coef > 0 else 0 * losses
-            loss = (weight * (losses + args.kl_coef * kl)).sum()
-            (loss * dist.get_world_size()).backward()  # DDP averages over ranks
-        totals += torch.stack([loss, (clipped * (weight > 0)).sum(), (kl * (weight > 0)).sum()]).detach()
-    dist.all_reduce(totals)
+        logprobs, _ = policy(**collate(batch, device))
+        old, advantages = tokens([s.old_logprobs for s in batch]), tokens([s.advantage for s in batch])
+        losses, clipped = token_losses(logprobs, old, advantages, args)
+        kl = kl_k3(logprobs, tokens([s.ref_logprobs for s in batch])) if args.kl_coef > 0 else 0 * losses
+        loss = (tokens([s.weight for s in batch]) * (losses + args.kl_coef * kl)).sum()
+        loss.backward()
+        totals += torch.stack([loss, clipped.sum(), kl.sum()]).detach()
+    for tensor in (totals, *(parameter.grad for parameter in policy.parameters())):
+        dist.all_reduce(tensor)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
     if not torch.isfinite(grad_norm):
         return {"updates_not_finite": 1}
     optimizer.step()
     loss, clipped, kl = totals.tolist()
-    trained = sum(len(sample.response_ids) for sample in kept)
+    trained = sum(len(sample.response_ids) for sample in samples)
     return {"updates": 1, "loss": loss, "clip_fraction": clipped / trained, "kl": kl / trained,
             "grad_norm": grad_norm.item()}
 
 
-def train_step(ddp, reference: Policy | None, optimizer, samples: list[Sample], problems: list[Problem], args) -> dict:
+def train_step(policy: Policy, reference: Policy | None, optimizer, samples: list[Sample], problems: list[Problem],
+               objective, args) -> dict:
     """The M-step: --updates-per-step updates, each on its part of the step's problems; returns figures for the log."""
-    right = [sample for sample in samples if sample.reward > 0]
-    if args.loss == "raft++":  # pilot samples have theirs from the E-step
-        score(ddp.module, [sample for sample in right if sample.old_logprobs is None], args.tokens_per_micro_batch)
+    parts = []
+    for ids in np.array_split([problem.id for problem in problems], args.updates_per_step):
+        part = [sample for sample in samples if sample.problem in ids]
+        for sample, advantage, weight in zip(part, *objective(part, len(ids), args)):
+            sample.advantage, sample.weight = advantage, weight
+        parts.append([s for s in part if s.weight > 0 and (s.advantage != 0 or args.kl_coef > 0)])  # with a gradient
+    trained = [sample for part in parts for sample in part]
+    # All updates of a step share their old policy, that of before the first. Samples of the E-step have been scored.
+    score(policy, [sample for sample in trained if sample.old_logprobs is None], args.tokens_per_micro_batch)
     if reference is not None:
-        score(reference, right, args.tokens_per_micro_batch, into="ref_logprobs")
+        score(reference, trained, args.tokens_per_micro_batch, into="ref_logprobs")
     totals = Counter(updates=0, updates_empty=0, updates_not_finite=0)
-    for part in np.array_split([problem.id for problem in problems], args.updates_per_step):
-        ids = set(part.tolist())
-        chosen = [sample for sample in samples if sample.problem in ids]
-        totals.update(update(ddp, optimizer, chosen, sample_weights(chosen, len(ids), args.weighting), args))
+    for part in parts:
+        totals.update(update(policy, optimizer, part, args))
     means = ("loss", "clip_fraction", "kl", "grad_norm")
     return {**totals, **{name: totals[name] / totals["updates"] if totals["updates"] else None for name in means}}
-
-
-# --- the run's folder ------------------------------------------------------------------------------------------------
 
 
 def claim_folder(out: Path, args) -> None:
@@ -183,8 +188,8 @@ def claim_folder(out: Path, args) -> None:
         raise InputError(f"--out {out}: another process is running there; wait for it or choose another") from error
 
 
-def start_log(out: Path, args, step: int) -> None:
-    """Record flags and versions in args.json, and cut log.jsonl back to `step`, where training goes on."""
+def start_log(out: Path, args, log_bytes: int) -> None:
+    """Record flags and versions in args.json, and cut log.jsonl back to the checkpoint's length."""
     record, log = out / "args.json", out / "log.jsonl"
     before = json.loads(record.read_text())["flags"] if record.exists() else vars(args)
     changed = [name for name, value in vars(args).items() if name != "resume" and value != before.get(name)]
@@ -192,17 +197,17 @@ def start_log(out: Path, args, step: int) -> None:
         print(f"warning: resumed with other values of {', '.join(changed)} than before")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "math-verify")}
     record.write_text(json.dumps({"flags": vars(args), "versions": versions}, indent=1))
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    (out / "log.partial").write_text("".join(kept))
-    (out / "log.partial").rename(log)
+    with log.open("ab") as file:
+        file.truncate(min(log_bytes, file.tell()))
 
 
 def write_log(out: Path, state: dict, figures: dict) -> None:
     """Append one line to log.jsonl, cumulative counts and this step's figures, and print the main ones."""
-    line = {name: value for name, value in state.items() if name != "window"} | figures
+    line = {name: value for name, value in state.items() if name not in ("window", "log_bytes")} | figures
+    line["seconds"] = sum(state[f"seconds_{phase}"] for phase in ("sample", "train", "eval"))
     with open(out / "log.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
+        state["log_bytes"] = log.tell()
     shown = ("step", "samples", "accept_rate", "predicted_variance", "loss", "eval_accuracy", "seconds")
     tqdm.write("  ".join(f"{name} {line[name]:.4g}" for name in shown if line.get(name) is not None))
 
@@ -236,25 +241,23 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
     return None, dict(START)
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def timed(state: dict, phase: str):
-    """Add the time spent inside to the state's seconds, in all and of that phase."""
+    """Add the time spent inside to the state's seconds of that phase."""
     start = time.perf_counter()
     yield
-    for name in ("seconds", f"seconds_{phase}"):
-        state[name] += time.perf_counter() - start
+    state[f"seconds_{phase}"] += time.perf_counter() - start
 
 
-def train(args) -> None:
-    """The whole run: E-step, M-step, evaluation, log and checkpoint, step by step."""
+def train(args, objective, allocator: str) -> None:
+    """The whole run: E-step, M-step, evaluation, log and checkpoint, step by step.
+
+    objective: (samples of an update, its number of prompts, args) -> (advantages, weights). allocator: what fits it.
+    """
     stop: list[bool] = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # heeded after the step
-    device, out = setup(), Path(args.out or f"runs/raft-{args.allocator}-{args.seed}")
-    if args.allocator == "gvm":
-        gvm.check_budget(args)
+    device, out = setup(), Path(args.out or f"runs/{Path(sys.argv[0]).stem}-{args.allocator}-{args.seed}")
+    gvm.check_budget(args, allocator)
     on_rank0(claim_folder, out, args)
     checkpoint, state = newest_checkpoint(out) if args.resume else (None, dict(START))
     model, tokenizer = load_model(args, device, checkpoint)
@@ -264,22 +267,21 @@ def train(args) -> None:
         raise InputError(f"--prompts-per-step must lie between --updates-per-step and the {len(problems)} problems")
     policy = Policy(model, args.temperature, args.gradient_checkpointing)
     reference = Policy(load_model(args, device)[0], args.temperature) if args.kl_coef > 0 else None
-    ddp = DistributedDataParallel(policy, device_ids=[device] if device.type == "cuda" else None)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     if checkpoint:
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
     sampler = make_sampler(model, tokenizer, args)
-    on_rank0(start_log, out, args, state["step"])
+    on_rank0(start_log, out, args, state["log_bytes"])
     with Grader() as grader:
         for step in tqdm(range(state["step"] + 1, args.steps + 1), disable=dist.get_rank() > 0):
             state["step"], figures = step, {}
             if step > 0:  # step 0 is the evaluation before training
                 batch = problems_of_step(problems, step, args)
                 with timed(state, "sample"):
-                    samples, figures, window = collect(policy, sampler, grader, problems, step, args, state["window"])
+                    collected = collect(policy, sampler, grader, problems, step, args, state["window"])
+                    samples, figures, state["window"] = collected
                 with timed(state, "train"):
-                    figures |= train_step(ddp, reference, optimizer, samples, batch, args)
-                state["window"] = window
+                    figures |= train_step(policy, reference, optimizer, samples, batch, objective, args)
                 for name in state.keys() & figures.keys():
                     state[name] += figures.pop(name)
             stopping = any(gather([bool(stop)]))  # the ranks agree
@@ -294,4 +296,4 @@ def train(args) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: train(parse(__doc__, add_model_flags, gvm.add_flags, add_flags)))
+    run(lambda: train(parse(__doc__, add_model_flags, gvm.add_flags, add_flags), keep_right, "gvm"))

@@ -20,12 +20,11 @@ import numpy as np  # noqa: E402 (the project's modules lie one folder up)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from conftest import flags  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from allocator import allocate  # noqa: E402
 from data import encode_prompt, load_problems  # noqa: E402
-from eval import HfSampler, Sample, load_model, setup  # noqa: E402
-from gvm import Policy, collate, deal  # noqa: E402
+from eval import HfSampler, Sample, collate, deal, load_model, setup  # noqa: E402
+from gvm import Policy  # noqa: E402
 from raft import update  # noqa: E402
 
 
@@ -82,8 +81,9 @@ def bench_model(name: str, args, number: int, repeats: int) -> None:
     closed, exact = np.array(forward(policy, samples, budget, True)), np.array(norms_by_autograd(policy, samples))
     for sample in samples:
         sample.old_logprobs = np.full(len(sample.response_ids), -1.0, np.float32)
-    ddp, optimizer = DistributedDataParallel(policy), torch.optim.AdamW(policy.parameters(), lr=0.0)
-    trained = seconds(lambda: update(ddp, optimizer, samples, np.ones(number), args), repeats)
+        sample.advantage = sample.weight = 1.0
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+    trained = seconds(lambda: update(policy, optimizer, samples, args), repeats)
     print(f"{name}: {number} samples, {tokens} response tokens, {torch.get_num_threads()} threads")
     print(f"  log-prob forward              {without:8.3f} s")
     print(f"  with closed-form norms        {with_norms:8.3f} s   +{with_norms / without - 1:.0%}")

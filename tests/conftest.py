@@ -16,7 +16,7 @@ import torch.distributed as dist
 import eval as evaluation
 import gvm
 import raft
-from data import Grader, load_problems
+from data import Grader, load_problems, parse
 from eval import Sample
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def flags(*words: str) -> Namespace:
     """The flags of raft.py, with their defaults."""
     old, sys.argv = sys.argv, ["raft.py", *map(str, words)]
     try:
-        return evaluation.parse("", evaluation.add_flags, gvm.add_flags, raft.add_flags)
+        return parse("", evaluation.add_flags, gvm.add_flags, raft.add_flags)
     finally:
         sys.argv = old
 

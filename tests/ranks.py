@@ -6,12 +6,12 @@ import sys
 import torch
 import torch.distributed as dist
 from conftest import flags, make_sample
-from torch.nn.parallel import DistributedDataParallel
 
-from data import Grader, load_problems
+from data import Grader, Problem, load_problems
 from eval import HfSampler, draw, load_model, setup
+from grpo import compare_groups
 from gvm import Policy, score
-from raft import sample_weights, update
+from raft import keep_right, train_step
 
 
 def toy_samples(tokenizer) -> list:
@@ -25,25 +25,27 @@ def toy_samples(tokenizer) -> list:
     return samples
 
 
-def one_update(samples: list, args) -> dict:
+def one_update(samples: list, objective, args) -> dict:
     """Gradients and, after an SGD step, parameters of a fresh toy; keyed by name."""
     model, tokenizer = load_model(args, torch.device("cpu"))
-    policy = DistributedDataParallel(Policy(model))
+    policy, reference = Policy(model), Policy(load_model(args, torch.device("cpu"))[0])
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
-    score(policy.module, samples, args.tokens_per_micro_batch)
+    score(policy, samples, args.tokens_per_micro_batch)
     for sample in samples:  # off-policy, so that ratios and clips matter
         sample.old_logprobs = sample.old_logprobs + 0.3 * (sample.problem - 3)
-        sample.ref_logprobs = sample.old_logprobs - 0.1
-    figures = update(policy, optimizer, samples, sample_weights(samples, 7, args.weighting), args)
-    tensors = {f"gradient {name}": p.grad.clone() for name, p in policy.module.named_parameters()}
-    return tensors | {name: p.detach().clone() for name, p in policy.module.named_parameters()} | figures
+    with torch.no_grad():  # and away from the reference
+        reference.model.get_output_embeddings().weight.mul_(0.9)
+    problems = [Problem(i, "", "") for i in range(7)]
+    figures = train_step(policy, reference, optimizer, samples, problems, objective, args)
+    tensors = {f"gradient {name}": p.grad.clone() for name, p in policy.named_parameters()}
+    return tensors | {name: p.detach().clone() for name, p in policy.named_parameters()} | figures
 
 
 def main() -> None:
     """Run the named part on this rank."""
     part, out, *rest = sys.argv[1:]
     device = setup()
-    args = flags("--kl-coef", 0.1, "--grad-clip", 1e9, *rest)
+    args = flags("--kl-coef", 0.1, "--grad-clip", 1e9, "--updates-per-step", 1, *rest)
     model, tokenizer = load_model(args, device)
     if part == "draw":
         with Grader(1) as grader:
@@ -57,7 +59,8 @@ def main() -> None:
     else:
         samples = toy_samples(tokenizer)
         single = [sample for sample in samples if sample.reward > 0][:1]  # leaves every rank but one without a sample
-        results = {"all": one_update(samples, args), "single": one_update(single, args)}
+        results = {"raft": one_update(samples, keep_right, args), "single": one_update(single, keep_right, args),
+                   "grpo": one_update(samples, compare_groups, args)}
         if dist.get_rank() == 0:
             torch.save(results, out)
     dist.destroy_process_group()

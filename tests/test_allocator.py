@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from allocator import allocate, estimator_variance, gvm_weights, variance_ratio
+from allocator import (
+    allocate, estimate, estimator_variance, gvm_weights, posterior_weights, reward_weights, variance_ratio,
+)
 
 
 def objective(weights, counts) -> float:
@@ -76,6 +78,126 @@ def test_weights_refuse_bad_input(arguments, named):
         gvm_weights(*arguments)
 
 
+def test_reward_weights_by_hand():
+    # p = 1/4, G+ = 2, G- = 4: 3/16 [3/4 * 4 + 1/4 * 16] = 21/16, and 7 without the variance 3/16.
+    assert reward_weights([0.25], [2.0], [4.0], normalize_std=False) ** 2 == pytest.approx([21 / 16])
+    assert reward_weights([0.25], [2.0], [4.0], normalize_std=True) ** 2 == pytest.approx([7.0])
+    for normalize_std in (False, True):  # equal rewards: no gradient
+        assert reward_weights([0.0, 1.0], [0.0, 3.0], [3.0, 0.0], normalize_std).tolist() == [0.0, 0.0]
+    p, right, wrong = np.array([0.1, 0.7]), np.array([1.0, 2.0]), np.array([3.0, 0.5])  # right and wrong change places
+    swapped = reward_weights(1 - p, wrong, right, False)
+    assert reward_weights(p, right, wrong, False) == pytest.approx(swapped)
+    for arguments, named in [(([2.0], [1.0], [1.0]), "accept_rates"), (([0.5], [-1.0], [1.0]), "grad_norms_right"),
+                             (([0.5], [1.0], [1.0, 1.0]), "grad_norms_wrong")]:
+        with pytest.raises(ValueError, match=named):
+            reward_weights(*arguments, False)
+
+
+def test_reward_weights_are_the_spread_of_a_sample_s_term():
+    rng = np.random.default_rng(0)
+    right = rng.random(200_000) < 0.3
+    norms = np.where(right, 2.0, 0.7)
+    for normalize_std, scale in ((False, 1.0), (True, np.sqrt(0.3 * 0.7))):
+        expected = np.mean(((right - 0.3) / scale * norms) ** 2)
+        assert reward_weights([0.3], [2.0], [0.7], normalize_std) ** 2 == pytest.approx([expected], rel=0.02)
+
+
+def test_estimate_by_hand():
+    table = estimate([0, 2, 0, 0, 2], [True, False, False, True, False], [1.0, 3.0, 5.0, 7.0, 4.0], [2, 4, 6, 1, 8], 3)
+    assert table["right"].tolist() == [2, 0, 0] and table["drawn"].tolist() == [3, 0, 2]
+    assert table["grad_norms_right"] == pytest.approx([5.0, 0.0, 0.0])  # sqrt((1 + 49) / 2)
+    assert table["grad_norms_wrong"] == pytest.approx([5.0, 0.0, np.sqrt(12.5)])
+    assert table["tokens"].tolist() == [3.0, 0.0, 6.0]
+
+
+def expected_rate(right, drawn) -> np.ndarray:
+    """The posterior mean of p, through posterior_weights: a rule whose weight is sqrt(p)."""
+    ones = np.ones(len(right))
+    return posterior_weights(lambda p, *norms: np.sqrt(p), right, drawn, ones, ones) ** 2
+
+
+def test_the_posterior_is_as_good_as_one_that_knows_the_prior():
+    rng = np.random.default_rng(0)
+    for a, b in ((2.0, 5.0), (0.5, 0.5), (0.3, 2.0)):
+        p = rng.beta(a, b, 3000)
+        right = rng.binomial(4, p)
+        found, best = expected_rate(right, np.full(3000, 4)), (right + a) / (4 + a + b)
+        assert np.mean((found - p) ** 2) < 1.02 * np.mean((best - p) ** 2) < 0.9 * np.mean((right / 4 - p) ** 2)
+
+
+def test_the_posterior_learns_from_all_prompts_and_from_many_samples():
+    assert expected_rate([0, 30, 90], [100, 100, 100]) == pytest.approx([0.0, 0.3, 0.9], abs=0.02)
+    few = expected_rate([0] + [0] * 20, [2] * 21)[0], expected_rate([0] + [2] * 20, [2] * 21)[0]
+    assert 0 < few[0] < 0.05 < 0.15 < few[1]  # unsolved among the unsolved, and among the solved
+    rates = expected_rate([0, 1, 2, 3, 4], [4] * 5)
+    assert (np.diff(rates) > 0).all() and rates == pytest.approx(1 - rates[::-1])
+    order = np.array([3, 0, 4, 1, 2])
+    assert expected_rate(order, [4] * 5) == pytest.approx(rates[order])
+
+
+def test_posterior_weights_never_starve_and_fill_in_the_norms():
+    def rule(p, right, wrong):
+        return gvm_weights(p, right)
+
+    weights = posterior_weights(rule, [0, 2, 2], [4, 4, 4], [0.0, 3.0, 5.0], [1.0, 1.0, 1.0])
+    assert weights.min() > 0 and weights[2] / weights[1] == pytest.approx(5 / 3)
+    typical = posterior_weights(rule, [0, 2, 2], [4, 4, 4], [9.0, 3.0, 5.0], [1.0, 1.0, 1.0])
+    assert typical == pytest.approx(weights)  # sqrt((9 + 25) / 2) stands in for whatever the unsolved one says
+    rewards = posterior_weights(lambda *known: reward_weights(*known, False), [4, 2], [4, 4], [1.0, 1.0], [0.0, 2.0])
+    assert rewards.min() > 0  # always right so far
+    unsolved = posterior_weights(rule, [0, 0], [1, 1], [0.0, 0.0], [1.0, 1.0])
+    assert unsolved.tolist() == [0, 0] and posterior_weights(rule, [], [], [], []).tolist() == []
+    given = np.array([0.0, 3.0])
+    posterior_weights(rule, [0, 1], [2, 2], given, given)
+    assert given.tolist() == [0.0, 3.0]  # arguments are left alone
+    with pytest.raises(ValueError, match="right must not be above drawn"):
+        posterior_weights(rule, [3], [2], [1.0], [1.0])
+
+
+def population(rng, prompts: int = 200):
+    """p, G+, G-: a quarter never solved, a quarter nearly always, the others Beta(0.7, 1)."""
+    kind = rng.random(prompts)
+    p = np.where(kind < 0.25, 0.0, np.where(kind < 0.5, rng.beta(30, 1, prompts), rng.beta(0.7, 1, prompts)))
+    return p, *np.exp(0.3 * rng.normal(size=(2, prompts)))
+
+
+def spend(rng, p, right, wrong, rule, budget: int, pilot: int, rounds: int, shrink: bool) -> np.ndarray:
+    """The counts after a pilot and some rounds, for prompts with these acceptance rates and norms."""
+    solved_before = np.cumsum(rng.random((len(p), 4000)) < p[:, None], axis=1)
+    counts = np.full(len(p), pilot)
+    for rounds_left in range(rounds, 0, -1):
+        solved = solved_before[np.arange(len(p)), counts - 1]
+        norms = np.where(solved > 0, right, 0.0), np.where(solved < counts, wrong, 0.0)
+        weights = posterior_weights(rule, solved, counts, *norms) if shrink else rule(solved / counts, *norms)
+        goal = counts.sum() + (budget * len(p) - counts.sum()) // rounds_left
+        counts = allocate(weights, goal, min_samples=counts)
+    return counts
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+@pytest.mark.parametrize("pilot", [1, 2, 4, 8])
+@pytest.mark.parametrize("rule", ["gvm", "reward"])
+def test_shrinkage_is_safe_where_the_pilot_s_rates_mislead(rule, pilot, rounds):
+    """Mean gain in the true sum_i c_i / n_i over uniform, at 16 samples a prompt, over 8 populations of 200."""
+    weigh = {"gvm": lambda p, right, wrong: gvm_weights(p, right),
+             "reward": lambda p, right, wrong: reward_weights(p, right, wrong, False)}[rule]
+    gains = {True: [], False: []}
+    for seed in range(8):
+        for shrink in gains:
+            rng = np.random.default_rng(seed)
+            p, right, wrong = population(rng)
+            counts = spend(rng, p, right, wrong, weigh, 16, pilot, rounds, shrink)
+            moments = np.zeros(200)  # alpha = 0 and known p: what the estimator really has
+            moments[p > 0] = weigh(p, right, wrong)[p > 0] ** 2 if rule == "reward" else right[p > 0] ** 2 / p[p > 0]
+            uniform = estimator_variance(np.full(200, 16), moments)
+            gains[shrink].append(uniform / estimator_variance(counts, moments))
+    print(f"{rule} pilot {pilot} rounds {rounds}: {np.mean(gains[True]):.2f}, plug-in {np.mean(gains[False]):.2f}")
+    assert np.mean(gains[True]) > (1.15 if rule == "gvm" else 1.0 if rounds == 1 else 1.25)
+    assert np.mean(gains[True]) > np.mean(gains[False]) - 0.01
+    if rule == "gvm":
+        assert np.mean(gains[False]) < 0.8
+
+
 def test_allocation_by_hand():
     # Priorities w / sqrt(n (n + 1)): 4/sqrt(2) = 2.83 and 4/sqrt(6) = 1.63 beat 2/sqrt(2) = 1.41 and 4/sqrt(12).
     assert allocate([4.0, 2.0], 5).tolist() == [3, 2]
@@ -118,6 +240,43 @@ def test_allocation_equals_one_at_a_time_on_larger_cases():
         upper = lower + rng.integers(0, 60, prompts)
         budget = int(rng.integers(lower.sum(), upper.sum() + 1))
         assert allocate(weights, budget, lower, upper).tolist() == greedy(weights, budget, lower, upper).tolist()
+
+
+def buy_one_by_one(weights, budget, counts, prices) -> np.ndarray:
+    """The sample with the largest gain per price, until it is too expensive: slow, and plainly right."""
+    counts = counts.copy()
+    while True:
+        worth = weights / np.sqrt(prices)
+        gain = np.where(counts == 0, np.inf, worth / np.sqrt(np.maximum(counts * (counts + 1), 1)))
+        best = np.lexsort((np.arange(len(counts)), -worth, -gain))[0]
+        if prices @ counts + prices[best] > budget:
+            return counts
+        counts[best] += 1
+
+
+def test_allocation_with_prices():
+    # After a first sample each, w^2 / (tau n (n + 1)): 16/2 = 8 and 16/6 = 2.7 at price 1, 16/8 = 2 at price 4.
+    assert allocate([4.0, 4.0], 6, prices=[1.0, 4.0]).tolist() == [2, 1]
+    assert allocate([4.0, 4.0], 8.9, prices=[1.0, 4.0]).tolist() == [3, 1]  # the next is too expensive
+    assert allocate([4.0, 4.0], 11, prices=[1.0, 4.0]).tolist() == [3, 2]
+    assert allocate([4.0, 4.0], 3, prices=[1.0, 4.0]).tolist() == [1, 0]  # no second of a prompt before a first
+    assert allocate([0.0, 0.0], 10, prices=[1.0, 4.0]).tolist() == [2, 2]  # all weights 0: evenly
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        prompts = int(rng.integers(1, 12))
+        weights, prices = np.exp(2 * rng.normal(size=prompts)), np.exp(rng.normal(size=prompts))
+        lower = rng.integers(0, 3, prompts)
+        budget = prices @ lower + rng.uniform(0, 40)
+        counts = allocate(weights, budget, lower, prices=prices)
+        assert counts.tolist() == buy_one_by_one(weights, budget, lower, prices).tolist()
+        assert budget - prices.max() < prices @ counts <= budget
+        assert (allocate(weights, 50 + prompts * 2, lower) == allocate(
+            weights, 3.0 * (50 + prompts * 2), lower, prices=np.full(prompts, 3.0))).all()
+    for prices in ([1.0, 0.0], [1.0], [1.0, np.nan]):
+        with pytest.raises(ValueError, match="prices"):
+            allocate([1.0, 2.0], 5, prices=prices)
+    with pytest.raises(ValueError, match="min_samples"):
+        allocate([1.0, 2.0], 5, min_samples=2, prices=[1.0, 4.0])
 
 
 def test_settled_cases():
@@ -176,10 +335,10 @@ def test_estimator_variance():
 
 
 def test_variance_ratio():
-    # c = G^2 / p = 4, 16; two samples each cost 2 + 8 = 10; (1, 3) costs 4 + 16/3.
-    assert variance_ratio([1.0, 0.25], [2.0, 2.0], [1, 3], even=2) == pytest.approx((4 + 16 / 3) / 10)
-    assert variance_ratio([1.0, 0.25, 0.0], [2.0, 2.0, 0.0], [2, 2, 9], even=2) == 1.0  # unsolved prompts are left out
-    assert variance_ratio([0.0], [0.0], [3], even=2) is None
+    # w^2 = 4, 16; two samples each: 2 + 8 = 10; (1, 3): 4 + 16/3.
+    assert variance_ratio([2.0, 4.0], [1, 3], even=2) == pytest.approx((4 + 16 / 3) / 10)
+    assert variance_ratio([2.0, 4.0, 0.0], [2, 2, 9], even=2) == 1.0  # prompts without a weight are left out
+    assert variance_ratio([0.0], [3], even=2) is None and variance_ratio([1.0, 1.0], [0, 2], even=1) == np.inf
 
 
 def test_the_script_prints_a_table_and_imports_numpy_alone():

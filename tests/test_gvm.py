@@ -1,17 +1,19 @@
 """gvm.py: log-probs and gradient norms against autograd, and budgets that are spent to the last sample."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import TOY, flags, make_sample, run_script
+from conftest import flags, make_sample, run_script
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 import gvm
-from data import InputError, problems_of_step
-from eval import HfSampler
-from gvm import Policy, check_budget, collate, collect, deal, describe, e_step, score
+from allocator import allocate, gvm_weights, posterior_weights, reward_weights
+from data import InputError, Problem, problems_of_step
+from eval import HfSampler, collate, deal
+from gvm import Policy, check_budget, collect, describe, draw_scored, e_step, score
 
 TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -123,17 +125,64 @@ def test_score_does_not_depend_on_micro_batches(tools):
         assert difference < 1e-5 * np.linalg.norm(a.old_logprobs) and a.grad_norm > 0 == b.grad_norm
 
 
-@pytest.mark.parametrize("weighting", ["prompt", "sequence"])
-def test_e_step_estimates_p_and_g_and_spends_the_budget(tools, problems, weighting):
-    args = flags("--pilot-samples", 4, "--samples-per-prompt", 6, "--weighting", weighting)
-    table, pilot = e_step(*tools, problems[:16], 1, args)
-    assert [(s.problem, s.index) for s in pilot] == [(p.id, j) for p in problems[:16] for j in range(4)]
-    for i, (p, G, n) in enumerate(zip(*table.values())):
-        right = [s for s in pilot[4 * i : 4 * i + 4] if s.reward == 1]
-        norms = [s.grad_norm / (len(s.response_ids) if weighting == "sequence" else 1) for s in right]
-        assert p == len(right) / 4 and n >= 4
-        assert G == pytest.approx(np.sqrt(np.mean(np.square(norms))) if right else 0.0)
-    assert table["counts"].sum() == 16 * 6 and 0 < table["accept_rates"].mean() < 1
+def rms(values) -> float:
+    return float(np.sqrt(np.mean(np.square(values)))) if values else 0.0
+
+
+@pytest.mark.parametrize("words", [
+    ["--weighting", "sequence", "--no-shrink", "--rounds", 1],
+    ["--allocator", "reward", "--no-shrink", "--rounds", 1, "--advantage", "loo"],
+    ["--allocator", "reward", "--rounds", 1],
+    ["--rounds", 2],
+])
+def test_e_step_estimates_p_and_g_and_spends_the_budget(tools, problems, words):
+    args = flags("--pilot-samples", 4, "--samples-per-prompt", 6, *words)
+    table, samples = e_step(partial(draw_scored, *tools, problems[:16], 1, args), problems[:16], args)
+    assert len({(s.problem, s.index) for s in samples}) == len(samples) == 64 + 16 * (args.rounds - 1)
+    for i, problem in enumerate(problems[:16]):
+        mine = [s for s in samples if s.problem == problem.id]
+        norms = {kind: [s.grad_norm / (len(s.response_ids) if args.weighting == "sequence" else 1)
+                        for s in mine if s.reward == kind] for kind in (0, 1)}
+        assert (table["right"][i], table["drawn"][i]) == (len(norms[1]), len(mine)) and all(s.grad_norm for s in mine)
+        assert table["grad_norms_right"][i] == pytest.approx(rms(norms[1]))
+        assert table["grad_norms_wrong"][i] == pytest.approx(rms(norms[0]))
+        assert table["tokens"][i] == np.mean([len(s.response_ids) for s in mine])
+        assert sorted(s.index for s in mine) == list(range(len(mine))) and table["counts"][i] >= len(mine) >= 4
+    p, right, wrong = table["right"] / table["drawn"], table["grad_norms_right"], table["grad_norms_wrong"]
+    if args.allocator == "reward":
+        expected = reward_weights(p, right, wrong, normalize_std=args.advantage == "grpo")
+    else:
+        expected = gvm_weights(p, right, args.alpha, args.beta)
+    assert (table["weights"] == pytest.approx(expected)) != args.shrink
+    assert (table["counts"] == allocate(table["weights"], 16 * 6, table["drawn"])).all() and table["counts"].sum() == 96
+
+
+def test_rounds_each_take_an_equal_part_and_learn_from_the_last(problems):
+    """Problem i is right with probability i / 8, drawn from a table instead of a model."""
+    luck, requests = np.random.default_rng(0).random((9, 500)), []
+    args = flags("--pilot-samples", 1, "--samples-per-prompt", 9, "--rounds", 4)
+
+    def draw_more(counts, first):
+        requests.append(counts)
+        starts = np.broadcast_to(first, 9)
+        return [make_sample(problems[i].id, float(luck[i, j] < i / 8), [1] * (i + 1), grad_norm=1.0 + i)
+                for i in range(9) for j in range(starts[i], starts[i] + counts[i])]
+
+    table, samples = e_step(draw_more, problems[:9], args)
+    assert [counts.sum() for counts in requests] == [9, 18, 18, 18] and table["counts"].sum() == 81
+    assert (table["drawn"] == sum(requests)).all() and len(samples) == 63
+    weights = posterior_weights(lambda p, right, wrong: gvm_weights(p, right, args.alpha, args.beta), table["right"],
+                                table["drawn"], table["grad_norms_right"], table["grad_norms_wrong"])
+    assert table["weights"] == pytest.approx(weights)
+
+
+def test_a_budget_of_tokens_is_what_uniform_would_spend(tools, problems):
+    words = ["--cost", "tokens", "--pilot-samples", 4, "--rounds", 2]
+    for reuse in ([], ["--e-step-every", 2, "--rounds", 1]):
+        args = flags(*words, *reuse)
+        table, _ = e_step(partial(draw_scored, *tools, problems[:16], 1, args), problems[:16], args)
+        budget, spent = 8 * table["tokens"].sum(), table["tokens"] @ table["counts"]
+        assert budget - table["tokens"].max() < spent <= budget and table["tokens"].max() > table["tokens"].min() + 1
 
 
 def run_collect(tools, problems, words, steps):
@@ -153,13 +202,15 @@ def test_collect_spends_what_it_says(tools, problems):
     (samples, figures, window), = run_collect(tools, problems, [], 1)  # the pilot is reused, and part of the 64
     assert figures["samples"] == len(samples) == 64 == sum(window["counts"][0])
     assert figures["tokens"] == sum(len(s.response_ids) for s in samples)
-    assert [s.problem for s in samples] == sorted([s.problem for s in samples], key=[
-        p.id for p in problems_of_step(problems, 1, flags("--prompts-per-step", 8))].index)
-    assert figures["predicted_variance"] > 0
+    batch = problems_of_step(problems, 1, flags("--prompts-per-step", 8))
+    assert [sum(s.problem == p.id for s in samples) for p in batch] == window["counts"][0]
+    assert figures["predicted_variance"] > 0 and figures["predicted_tokens"] > 0
+    (samples, figures, window), = run_collect(tools, problems, ["--cost", "tokens", "--allocator", "reward"], 1)
+    assert 0.9 < figures["predicted_tokens"] <= 1 and len(samples) == sum(window["counts"][0])
 
 
 def test_a_window_allocates_over_its_steps_and_counts_its_pilot(tools, problems):
-    words = ["--e-step-every", 3, "--pilot-samples", 2, "--samples-per-prompt", 4]
+    words = ["--e-step-every", 3, "--pilot-samples", 2, "--samples-per-prompt", 4, "--rounds", 1]
     results = run_collect(tools, problems, words, 4)
     assert [window["first_step"] for _, _, window in results] == [1, 1, 1, 4]
     assert sum(len(samples) for samples, _, _ in results[:3]) == 3 * 8 * 4  # the budget, exactly, over the window
@@ -172,25 +223,32 @@ def test_a_window_allocates_over_its_steps_and_counts_its_pilot(tools, problems)
 
 
 def test_describe_by_hand():
-    rewards = {0: [1, 1], 1: [0, 1, 0], 2: [0]}
+    rewards, problems = {0: [1, 1], 1: [0, 1, 0], 2: [0]}, [Problem(i, "", "") for i in range(4)]  # 3 gets no samples
     samples = [make_sample(i, reward, [1, 2, 3]) for i, group in rewards.items() for reward in group]
-    figures = describe(samples, [make_sample(9, 1.0, [1])], np.array([2, 3, 1]))
-    assert figures["samples"] == 7 and figures["tokens"] == 19 and figures["accept_rate"] == 0.5
-    names = ("never", "sometimes", "always")
-    assert [figures[f"budget_{name}"] for name in names] == pytest.approx([1 / 6, 3 / 6, 2 / 6])
-    assert [figures[f"prompts_{name}"] for name in names] == pytest.approx([1 / 3] * 3)
+    for order in (samples, samples[::-1]):
+        figures = describe(order, [make_sample(9, 1.0, [1])], problems)
+        assert figures["samples"] == 7 and figures["tokens"] == 19 and figures["accept_rate"] == 0.5
+        names = ("never", "sometimes", "always")
+        assert [figures[f"budget_{name}"] for name in names] == pytest.approx([1 / 6, 3 / 6, 2 / 6])
+        assert [figures[f"prompts_{name}"] for name in names] == pytest.approx([2 / 4, 1 / 4, 1 / 4])
 
 
 def test_a_step_of_a_window_may_get_no_samples():
-    figures = describe([], [], np.zeros(2, int))
+    figures = describe([], [], [Problem(0, "", ""), Problem(1, "", "")])
     assert (figures["samples"], figures["accept_rate"], figures["prompts_never"]) == (0, None, 1.0)
 
 
-def test_a_budget_below_the_pilot_is_refused():
-    check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 4))
-    check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 8, "--e-step-every", 10))
+def test_a_budget_below_the_pilot_is_refused_and_an_allocator_that_does_not_fit_warned_of(device, capsys):
+    check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 4), "gvm")
+    check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 8, "--e-step-every", 10, "--rounds", 1), "gvm")
+    check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 5, "--allocator", "uniform"), "gvm")
     with pytest.raises(InputError, match="--samples-per-prompt is below --pilot-samples"):
-        check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 5))
+        check_budget(flags("--samples-per-prompt", 4, "--pilot-samples", 5), "gvm")
+    with pytest.raises(InputError, match="add --rounds 1"):
+        check_budget(flags("--e-step-every", 2, "--rounds", 2), "gvm")
+    assert capsys.readouterr().out == ""
+    check_budget(flags("--allocator", "reward"), "gvm")
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_the_script_writes_a_table_the_same_for_one_and_two_ranks(tmp_path):
@@ -198,12 +256,14 @@ def test_the_script_writes_a_table_the_same_for_one_and_two_ranks(tmp_path):
     done = run_script("gvm.py", *words, "--out", tmp_path / "one.jsonl")
     run_script("gvm.py", *words, "--out", tmp_path / "two.jsonl", ranks=2)
     one, two = ([json.loads(line) for line in (tmp_path / name).open()] for name in ("one.jsonl", "two.jsonl"))
-    assert [row["id"] for row in one] == list(range(16)) and sum(row["n"] for row in one) == 128
+    assert [row["id"] for row in one] == list(range(16)) and sum(row["counts"] for row in one) == 128
     assert "budget: 128 samples" in done.stdout and "predicted variance" in done.stdout
     for a, b in zip(one, two):
-        assert (a["p"], a["n"], a["tokens"]) == (b["p"], b["n"], b["tokens"])
-        assert a["G"] == pytest.approx(b["G"], rel=1e-4)
+        assert all(a[name] == b[name] for name in ("p", "right", "drawn", "counts", "tokens"))
+        assert all(a[name] == pytest.approx(b[name], rel=1e-4) for name in a) and a["p"] == a["right"] / a["drawn"]
     before = (tmp_path / "one.jsonl").read_text()
     refused = run_script("gvm.py", *words, "--out", tmp_path / "one.jsonl", check=False)
     assert refused.returncode == 2 and "exists already" in refused.stderr and len(refused.stderr.splitlines()) == 1
-    assert (tmp_path / "one.jsonl").read_text() == before and TOY.is_dir()
+    assert (tmp_path / "one.jsonl").read_text() == before
+    refused = run_script("gvm.py", "--allocator", "uniform", "--out", tmp_path / "new.jsonl", check=False)
+    assert refused.returncode == 2 and "has no E-step" in refused.stderr and not (tmp_path / "new.jsonl").exists()

@@ -38,7 +38,7 @@ def test_only_what_belongs_lies_at_the_top():
                                                       "LICENSE", "figures"}
 
 
-@pytest.mark.parametrize("script", ["gvm.py", "raft.py"])
+@pytest.mark.parametrize("script", ["gvm.py", "raft.py", "grpo.py"])
 def test_every_flag_has_a_help_text_and_the_readme_s_flags_exist(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     shown = done.stdout

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Started, flags, make_sample, run_script
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import InputError
+from data import InputError, Problem
 from gvm import Policy
-from raft import START, claim_folder, kl_k3, newest_checkpoint, sample_weights, start_log, token_losses, train, update
+from raft import (
+    START, claim_folder, keep_right, kl_k3, newest_checkpoint, sample_weights, start_log, token_losses, train,
+    train_step, update,
+)
 
 
 # Three prompts: two right and one wrong sample, one right, one wrong. Their mean length is (1 + 3 + 2 + 4 + 5) / 5 = 3.
@@ -27,35 +29,49 @@ GROUPS = [make_sample(0, 1.0, [1]), make_sample(0, 1.0, [1] * 3), make_sample(0,
     ("sequence", [1 / (3 * 1), 1 / (3 * 3), 0, 1 / (3 * 4), 0]),  # three right samples
 ])
 def test_weights_by_hand(weighting, expected):
-    assert sample_weights(GROUPS, 3, weighting) == pytest.approx(expected)
+    args = flags("--weighting", weighting)
+    advantages, weights = keep_right(GROUPS, 3, args)
+    assert weights == pytest.approx(expected) and advantages.tolist() == [1, 1, 0, 1, 0]
     order = [3, 0, 4, 2, 1]
-    assert sample_weights([GROUPS[i] for i in order], 3, weighting) == pytest.approx([expected[i] for i in order])
-    assert not sample_weights([GROUPS[2], GROUPS[4]], 2, weighting).any() and len(sample_weights([], 2, weighting)) == 0
+    assert keep_right([GROUPS[i] for i in order], 3, args)[1] == pytest.approx([expected[i] for i in order])
+    assert not keep_right([GROUPS[2], GROUPS[4]], 2, args)[1].any() and len(keep_right([], 2, args)[1]) == 0
 
 
 def test_prompt_weights_do_not_depend_on_how_many_samples_a_prompt_got():
     more = GROUPS + [make_sample(0, 1.0, [1] * 3) for _ in range(7)]
-    weights = sample_weights(more, 3, "prompt")
-    per_prompt = [sum(w for w, s in zip(weights, more) if s.problem == i) for i in range(3)]
-    assert per_prompt[0] == pytest.approx(per_prompt[1]) and per_prompt[2] == 0
+    for used in (np.array([sample.reward > 0 for sample in more]), np.ones(len(more), dtype=bool)):
+        weights = sample_weights(more, used, 3, "prompt")
+        per_prompt = [sum(w for w, s in zip(weights, more) if s.problem == i) for i in range(3)]
+        assert per_prompt[0] == pytest.approx(per_prompt[1]) and (per_prompt[2] > 0) == used[4]
 
 
 def test_losses_by_hand():
     logprobs, old = torch.log(torch.tensor([0.5, 0.5, 0.5, 0.1])), torch.log(torch.tensor([0.5, 0.25, 0.4, 0.5]))
-    losses, clipped = token_losses(logprobs, old, Namespace(loss="raft"))
+    ones, mixed = torch.ones(4), torch.tensor([-2.0, -2.0, 3.0, -2.0])
+    raft = Namespace(loss="raft")
+    losses, clipped = token_losses(logprobs, old, ones, raft)
     assert losses.tolist() == pytest.approx((-logprobs).tolist()) and not clipped.any()
+    assert token_losses(logprobs, old, mixed, raft)[0].tolist() == pytest.approx((-mixed * logprobs).tolist())
     # Ratios 1, 2, 1.25, 0.2: clipped above at 1.28, and below not at all, since the minimum is taken.
-    losses, clipped = token_losses(logprobs, old, Namespace(loss="raft++", clip_low=0.2, clip_high=0.28))
+    both = Namespace(loss="raft++", clip_low=0.2, clip_high=0.28)
+    losses, clipped = token_losses(logprobs, old, ones, both)
     assert losses.tolist() == pytest.approx([-1.0, -1.28, -1.25, -0.2])
     assert clipped.tolist() == [False, True, False, False]
+    # With A < 0 it is the other way round: 0.2 is taken for 0.8, and 2 stays 2.
+    losses, clipped = token_losses(logprobs, old, mixed, both)
+    assert losses.tolist() == pytest.approx([2.0, 4.0, -3.75, 1.6])
+    assert clipped.tolist() == [False, False, False, True]
 
 
 def test_clipped_tokens_have_no_gradient():
     logprobs = torch.log(torch.tensor([0.5, 0.5, 0.1])).requires_grad_()
-    losses, clipped = token_losses(logprobs, torch.log(torch.tensor([0.5, 0.25, 0.5])), flags())
-    losses.sum().backward()
-    assert logprobs.grad.tolist() == pytest.approx([-1.0, 0.0, -0.2])  # minus the ratio
-    assert clipped.tolist() == [gradient == 0 for gradient in logprobs.grad.tolist()]
+    for sign, expected in ((1.0, [-1.0, 0.0, -0.2]), (-1.0, [1.0, 2.0, 0.0])):  # minus A times the ratio
+        logprobs.grad = None
+        old, advantages = torch.log(torch.tensor([0.5, 0.25, 0.5])), torch.full((3,), sign)
+        losses, clipped = token_losses(logprobs, old, advantages, flags())
+        losses.sum().backward()
+        assert logprobs.grad.tolist() == pytest.approx(expected)
+        assert clipped.tolist() == [gradient == 0 for gradient in logprobs.grad.tolist()]
 
 
 def test_kl_by_hand():
@@ -76,7 +92,7 @@ def updates(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("case", ["all", "single"])  # "single": one sample, so that the other rank has none
+@pytest.mark.parametrize("case", ["raft", "grpo", "single"])  # "single": one sample: the other rank has none
 @pytest.mark.parametrize("split", [(1, 60), (2, 100_000), (2, 1)])
 def test_an_update_does_not_depend_on_ranks_or_micro_batches(updates, split, case):
     reference, other = updates[1, 100_000][case], updates[split][case]
@@ -94,8 +110,8 @@ def test_an_update_does_not_depend_on_ranks_or_micro_batches(updates, split, cas
 
 @pytest.fixture
 def small(device, model_and_tokenizer):
-    """(policy in DDP, AdamW with momentum, a copy of its parameters) of the toy."""
-    policy = DistributedDataParallel(Policy(model_and_tokenizer[0]))
+    """(policy, AdamW with momentum, a copy of its parameters) of the toy."""
+    policy = Policy(model_and_tokenizer[0])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
     for parameter in policy.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -107,20 +123,22 @@ def unchanged(policy, before) -> bool:
     return all(torch.equal(parameter, old) for parameter, old in zip(policy.parameters(), before))
 
 
-def test_an_update_without_right_samples_changes_nothing(small):
+def test_a_step_without_right_samples_changes_nothing(small):
     policy, optimizer, before = small
-    wrong = [make_sample(0, 0.0, [9, 9])]
-    assert update(policy, optimizer, wrong, sample_weights(wrong, 1, "prompt"), flags()) == {"updates_empty": 1}
+    wrong, problems = [make_sample(i, 0.0, [9, 9]) for i in range(2)], [Problem(i, "", "") for i in range(2)]
+    figures = train_step(policy, None, optimizer, wrong, problems, keep_right, flags())
+    assert (figures["updates"], figures["updates_empty"], figures["loss"]) == (0, 2, None)
     assert unchanged(policy, before)
 
 
 def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(small):
     policy, optimizer, before = small
-    samples = [make_sample(0, 1.0, [9, 9], old_logprobs=np.array([0.0, np.nan], np.float32))]
-    assert update(policy, optimizer, samples, np.ones(1), flags()) == {"updates_not_finite": 1}
+    old = np.array([0.0, np.nan], np.float32)
+    samples = [make_sample(0, 1.0, [9, 9], old_logprobs=old, advantage=1.0, weight=1.0)]
+    assert update(policy, optimizer, samples, flags()) == {"updates_not_finite": 1}
     assert unchanged(policy, before)
     samples[0].old_logprobs[1] = -1.0
-    assert update(policy, optimizer, samples, np.ones(1), flags())["updates"] == 1 and not unchanged(policy, before)
+    assert update(policy, optimizer, samples, flags())["updates"] == 1 and not unchanged(policy, before)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -128,6 +146,9 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(small):
 SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--pilot-samples", 2, "--eval-samples", 1,
          "--eval-every", 2, "--save-every", 2, "--keep", 1, "--max-response-tokens", 40, "--kl-coef", 0.01,
          "--gradient-checkpointing", "--steps", 4]
+
+
+WINDOWS = {1: ["--e-step-every", 1], 2: ["--e-step-every", 3, "--rounds", 1]}  # by the number of ranks
 
 
 def read_log(out, drop=("seconds",)) -> list[dict]:
@@ -152,14 +173,14 @@ def straight(tmp_path_factory):
     """Four steps without interruption, for 1 and 2 ranks; the second with K = 3, so that windows are resumed, too."""
     folders = {ranks: tmp_path_factory.mktemp("straight") / str(ranks) for ranks in (1, 2)}
     for ranks, out in folders.items():
-        run_script("raft.py", *SMALL, "--e-step-every", 2 * ranks - 1, "--out", out, ranks=ranks)
+        run_script("raft.py", *SMALL, *WINDOWS[ranks], "--out", out, ranks=ranks)
     return folders
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, ranks):
     out = tmp_path / "run"
-    words = [*SMALL, "--e-step-every", 2 * ranks - 1, "--out", out]
+    words = [*SMALL, *WINDOWS[ranks], "--out", out]
     run = Started("raft.py", *words, ranks=ranks, mark=out)
     wait_for((out / "checkpoints" / "step-000002").is_dir)
     run.kill()
@@ -235,7 +256,8 @@ def test_a_folder_belongs_to_one_run(device, tmp_path):
 @pytest.mark.parametrize(("words", "complaint"), [
     (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
     (["--model", "missing"], "--model missing: cannot be loaded"),
-    (["--samples-per-prompt", 2], "--samples-per-prompt is below --pilot-samples"),
+    (["--samples-per-prompt", 1], "--samples-per-prompt is below --pilot-samples"),
+    (["--e-step-every", 2], "add --rounds 1"),
     (["--prompts-per-step", 100_000], "--prompts-per-step must lie between"),
     (["--updates-per-step", 40], "--prompts-per-step must lie between --updates-per-step"),
     (["--max-prompt-tokens", 1], "every prompt is longer"),
@@ -244,7 +266,7 @@ def test_a_folder_belongs_to_one_run(device, tmp_path):
 def test_bad_input_is_one_line_and_leaves_no_run_behind(device, tmp_path, monkeypatch, words, complaint):
     monkeypatch.setattr("raft.setup", lambda: device)
     with pytest.raises(InputError, match=complaint) as error:
-        train(flags("--out", tmp_path / "run", *words))
+        train(flags("--out", tmp_path / "run", *words), keep_right, "gvm")
     assert "\n" not in str(error.value) and not (tmp_path / "run" / "args.json").exists()
 
 

@@ -1,0 +1,181 @@
+"""How good the gradient estimates of raft.py and grpo.py are, with each allocator, at the same number of samples.
+
+    python tests/bench_variance.py                 # the toy as it is at the start of training; about ten minutes
+
+Measured, not predicted: for each estimator and each way to spend 8 samples a prompt (pilot included, unsolved prompts
+included), many independent estimates of one update's gradient are made by the project's own code, at fixed weights, and
+compared with the exact gradient. Their mean squared error is the sum of their variance and of their squared bias; all
+three are given relative to the mean squared error with uniform counts.
+
+How. Each problem gets two large sets of samples of its own. Estimates draw from the first, with replacement; the second
+gives the exact gradient, p and G. What the two sets differ by is part of every squared bias; it is printed. Gradients
+are those of all parameters, kept as a count sketch: each coordinate is added with a random sign to one of 1,024 sums,
+which leaves inner products right on average; the error that it makes in a single gradient's length is printed.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402 (the project's modules lie one folder up)
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from conftest import flags  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from allocator import allocate, estimate  # noqa: E402
+from data import Grader, problems_of_step  # noqa: E402
+from eval import HfSampler, Sample, collate, draw, load_model, load_prompts, setup  # noqa: E402
+from grpo import compare_groups  # noqa: E402
+from gvm import Policy, e_step, score, weight_rule  # noqa: E402
+from raft import keep_right  # noqa: E402
+
+PROBLEMS, SET_SIZE, SKETCH, ESTIMATES = 64, 512, 1024, 600
+
+ESTIMATORS = {  # the objective, and flags that matter to it or to the rule that fits it
+    "log-likelihood": (keep_right, ["--allocator", "gvm"]),
+    "reward, loo": (compare_groups, ["--allocator", "reward", "--advantage", "loo"]),
+    "reward, dr": (compare_groups, ["--allocator", "reward", "--advantage", "dr"]),
+    "reward, grpo": (compare_groups, ["--allocator", "reward", "--advantage", "grpo"]),
+}
+ONCE, ROUNDS = ["--pilot-samples", 4, "--rounds", 1], ["--pilot-samples", 2, "--rounds", 3]
+RULES = {
+    "uniform": ["--allocator", "uniform"],
+    "gvm plug-in": ["--allocator", "gvm", "--no-shrink", *ONCE],
+    "gvm shrink": ["--allocator", "gvm", *ONCE],
+    "gvm rounds": ["--allocator", "gvm", *ROUNDS],
+    "reward plug-in": ["--allocator", "reward", "--no-shrink", *ONCE],
+    "reward rounds": ["--allocator", "reward", *ROUNDS],
+    "oracle": None,  # the rule that fits, with p and G known
+}
+
+
+class Pool:
+    """All samples of some problems, their gradients, and where each problem's two sets are among them."""
+
+    def __init__(self, policy: Policy, sampler, grader, problems):
+        self.problems, self.position = problems, {problem.id: i for i, problem in enumerate(problems)}
+        drawn = draw(sampler, grader, problems, np.full(len(problems), 2 * SET_SIZE), (0, 0, 0), 1.0)
+        texts: dict[tuple, int] = {}  # equal responses have equal gradients
+        places = [texts.setdefault((s.problem, s.response_ids.tobytes()), len(texts)) for s in drawn]
+        self.samples: list[Sample] = [None] * len(texts)
+        for place, sample in zip(places, drawn):
+            self.samples[place] = sample
+            sample.index = place
+        sets = np.reshape(places, (len(problems), 2, SET_SIZE))
+        self.first, self.second = sets[:, 0], sets[:, 1]
+        score(policy, self.samples, 16384, norms=True)
+        self.right = np.array([sample.reward > 0 for sample in self.samples])
+        self.gradients, lengths = sketch(policy, self.samples)  # of -sum_t ln pi: (samples, SKETCH)
+        ratios = np.linalg.norm(self.gradients, axis=1) / lengths
+        print(f"{len(drawn)} samples, {len(texts)} different ones; sketched length over true length: "
+              f"{ratios.mean():.4f}, standard deviation {ratios.std():.4f}")
+
+    def exact(self, which: np.ndarray, estimator: str) -> np.ndarray:
+        """The gradient that an infinite number of samples would give, by the sets of some problems, (SKETCH,)."""
+        total = np.zeros(SKETCH)
+        for places in which:
+            g, r = self.gradients[places], self.right[places].astype(float)
+            if estimator == "log-likelihood":  # E[-grad ln pi | right]; none for a problem that is never solved
+                total += r @ g / max(r.sum(), 1)
+            else:  # -grad p, with the rewards divided by their standard deviation in `grpo`
+                scale = r.std() + 1e-6 if estimator == "reward, grpo" else 1.0
+                total += (r - r.mean()) / scale @ g / len(r)
+        return total / len(which)
+
+
+def sketch(policy: Policy, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
+    """Count sketches of the gradients of -sum_t ln pi, (samples, SKETCH), and the gradients' lengths, (samples,)."""
+    parameters = list(policy.parameters())
+    generator = torch.Generator().manual_seed(0)
+    size = sum(parameter.numel() for parameter in parameters)
+    bucket = torch.randint(SKETCH, (size,), generator=generator)
+    sign = 2.0 * torch.randint(2, (size,), generator=generator) - 1
+    sketches, lengths = torch.zeros(len(samples), SKETCH), torch.zeros(len(samples))
+    for j, sample in enumerate(tqdm(samples, desc="gradients")):
+        logprobs, _ = policy(**collate([sample], torch.device("cpu")))
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(-logprobs.sum(), parameters)])
+        sketches[j].index_add_(0, bucket, gradient * sign)
+        lengths[j] = gradient.norm()
+    return sketches.double().numpy(), lengths.numpy()
+
+
+def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.ndarray:
+    """Independent estimates of the gradient over the chosen problems, as the scripts make them, (ESTIMATES, SKETCH)."""
+    objective, fitting = ESTIMATORS[estimator]
+    args = flags(*fitting, *(RULES[rule] or []))
+    problems, generator = [pool.problems[i] for i in chosen], np.random.default_rng(1)
+
+    def draw_more(counts, first) -> list[Sample]:
+        places = [generator.choice(pool.first[i], count) for i, count in zip(chosen, counts)]
+        return [pool.samples[place] for place in np.concatenate(places)]
+
+    counts, even = None, np.full(len(chosen), args.samples_per_prompt)
+    if rule == "oracle":
+        places = pool.second[chosen].ravel()
+        owners = np.repeat(np.arange(len(chosen)), SET_SIZE)
+        table = estimate(owners, pool.right[places], [pool.samples[k].grad_norm for k in places],
+                         np.ones(len(places)), len(chosen))
+        weights = weight_rule(args)(table["right"] / SET_SIZE, table["grad_norms_right"], table["grad_norms_wrong"])
+        counts = allocate(weights, even.sum())
+    found = np.zeros((ESTIMATES, SKETCH))
+    for row in found:
+        if args.allocator == "uniform" or rule == "oracle":
+            samples = draw_more(even if counts is None else counts, 0)
+        else:
+            table, samples = e_step(draw_more, problems, args)
+            samples += draw_more(table["counts"] - table["drawn"], table["drawn"])
+        advantages, weights = objective(samples, len(problems), args)
+        mean_length = np.mean([len(sample.response_ids) for sample in samples])  # a common scale: taken out again
+        row += advantages * weights * mean_length @ pool.gradients[[sample.index for sample in samples]]
+    return found
+
+
+def measure(pool: Pool, prompts: int, estimator: str, rule: str) -> np.ndarray:
+    """(mean squared error, its standard error, squared bias), the sum over groups of `prompts` problems; (3,)."""
+    groups = np.arange(PROBLEMS).reshape(-1, prompts)
+    totals = np.zeros(3)
+    for chosen in groups:
+        found, exact = estimates(pool, chosen, estimator, rule), pool.exact(pool.second[chosen], estimator)
+        errors = ((found - exact) ** 2).sum(axis=1)
+        # The squared distance of the mean of the estimates has their variance over their number in it.
+        bias = ((found.mean(axis=0) - exact) ** 2).sum() - found.var(axis=0, ddof=1).sum() / ESTIMATES
+        totals += errors.mean(), errors.var() / ESTIMATES, bias
+    return np.array([totals[0], np.sqrt(totals[1]), totals[2]]) / len(groups)
+
+
+def table(pool: Pool, prompts: int, estimators, rules) -> None:
+    """Print one table: uniform's mean squared error over each rule's, with both parts of the latter."""
+    print(f"\n{prompts} prompts an update, 8 samples a prompt: gain in mean squared error over uniform, +- 95 %;"
+          "\nin brackets variance + squared bias, over uniform's mean squared error")
+    print(f"{'':16s}" + "".join(f"{rule:^28s}" for rule in rules))
+    for estimator in estimators:
+        base, line = None, f"{estimator:16s}"
+        for rule in rules:
+            mse, error, bias = measure(pool, prompts, estimator, rule)
+            base = base or (mse, error)
+            gain = base[0] / mse
+            half = 1.96 * gain * np.hypot(error / mse, base[1] / base[0]) if rule != "uniform" else 0.0
+            line += f"{f'{gain:.2f} +- {half:.2f} ({(mse - bias) / base[0]:.2f} + {bias / base[0]:.2f})':^28s}"
+        groups = np.arange(PROBLEMS).reshape(-1, prompts)
+        gaps = [pool.exact(pool.first[i], estimator) - pool.exact(pool.second[i], estimator) for i in groups]
+        print(f"{line}  sets differ by {np.mean([(gap**2).sum() for gap in gaps]) / base[0]:.3f}", flush=True)
+
+
+def main() -> None:
+    """Make the pool and print the tables."""
+    args = flags("--prompts-per-step", PROBLEMS)
+    model, tokenizer = load_model(args, setup())
+    problems = problems_of_step(load_prompts(args.data, args.split, tokenizer, args), 1, args)
+    with Grader() as grader:
+        pool = Pool(Policy(model), HfSampler(model, tokenizer, args), grader, problems)
+    table(pool, 32, ESTIMATORS, RULES)
+    for prompts in (16, 64):
+        table(pool, prompts, ["log-likelihood", "reward, grpo"], [rule for rule in RULES if rule != "oracle"])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

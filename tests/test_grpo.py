@@ -1,0 +1,117 @@
+"""grpo.py: advantages and weights by hand, and runs that differ from raft.py's by them alone."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import Started, flags, make_sample, run_script
+from test_raft import SMALL, parameters, read_log, wait_for
+
+from data import Problem
+from grpo import compare_groups, group_advantages
+from gvm import Policy
+from raft import train_step
+
+# Groups of 3, 2 and 1 samples, mixed: rewards 1 0 0, 0 0 and 1; 18 tokens in all.
+SAMPLES = [make_sample(0, 1.0, [1]), make_sample(1, 0.0, [1] * 3), make_sample(0, 0.0, [1] * 2),
+           make_sample(0, 0.0, [1] * 4), make_sample(2, 1.0, [1] * 5), make_sample(1, 0.0, [1] * 3)]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("dr", [2 / 3, 0, -1 / 3, -1 / 3, 0, 0]),  # mean 1/3
+    ("loo", [1, 0, -1 / 2, -1 / 2, 0, 0]),  # the others' means: 0, 1/2, 1/2
+    ("grpo", np.array([2 / 3, 0, -1 / 3, -1 / 3, 0, 0]) / (np.sqrt(1 / 3) + 1e-6)),  # ((2/3)^2 + 2 (1/3)^2) / 2 = 1/3
+])
+def test_advantages_by_hand(kind, expected):
+    assert group_advantages(SAMPLES, kind) == pytest.approx(expected, abs=1e-12)
+    order = [5, 2, 0, 4, 1, 3]
+    assert group_advantages([SAMPLES[i] for i in order], kind) == pytest.approx([expected[i] for i in order])
+    assert len(group_advantages([], kind)) == 0
+
+
+def test_equal_rewards_and_single_samples_give_exactly_nothing():
+    equal = [make_sample(0, 0.1, [1]) for _ in range(3)] + [make_sample(1, 1.0, [1])]  # the mean of 0.1s is not 0.1
+    for kind in ("grpo", "dr", "loo"):
+        assert not group_advantages(equal, kind).any()
+
+
+def test_leave_one_out_is_unbiased_and_the_own_mean_shrinks_by_n_minus_1_over_n():
+    """E sum_j A_j (r_j - p) / n over all outcomes of n coin throws with p = 0.3: p (1 - p) if A is unbiased."""
+    for n in (2, 3, 5):
+        totals = {"loo": 0.0, "dr": 0.0}
+        for bits in range(2**n):
+            rewards = [float(bits >> j & 1) for j in range(n)]
+            probability = np.prod([0.3 if reward else 0.7 for reward in rewards])
+            group = [make_sample(0, reward, [1]) for reward in rewards]
+            for kind in totals:
+                totals[kind] += probability * np.mean(group_advantages(group, kind) * (np.array(rewards) - 0.3))
+        assert totals["loo"] == pytest.approx(0.21) and totals["dr"] == pytest.approx(0.21 * (n - 1) / n)
+
+
+@pytest.mark.parametrize(("weighting", "expected"), [
+    ("prompt", [1 / 27, 1 / 18, 1 / 27, 1 / 27, 1 / 9, 1 / 18]),  # 1 / (m n_i L), m = 3, mean length L = 3
+    ("token", [1 / 18] * 6),
+    ("sequence", [1 / 6, 1 / 18, 1 / 12, 1 / 24, 1 / 30, 1 / 18]),  # 1 / (6 T)
+])
+def test_weights_by_hand(weighting, expected):
+    advantages, weights = compare_groups(SAMPLES, 3, flags("--weighting", weighting, "--advantage", "loo"))
+    assert weights == pytest.approx(expected) and advantages.tolist() == [1, 0, -0.5, -0.5, 0, 0]
+
+
+def test_the_gradient_is_that_of_a_plain_loop(device, model_and_tokenizer):
+    """One update, on policy: -1/(m L) sum_i 1/n_i sum_j A_j sum_t ln pi, L the mean length, by autograd."""
+    model, tokenizer = model_and_tokenizer
+    policy, texts = Policy(model), ["4+3=7;", "\\boxed{7}", "1+1=2;2+2=4;", "9", "8-8=0;", "0;0"]
+    samples = [make_sample(s.problem, s.reward, tokenizer.encode(text)) for s, text in zip(SAMPLES, texts)]
+    problems, args = [Problem(i, "", "") for i in range(3)], flags("--updates-per-step", 1, "--grad-clip", 1e9)
+    figures = train_step(policy, None, torch.optim.SGD(policy.parameters(), lr=0.0), samples, problems,
+                         compare_groups, args)
+    found = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    policy.zero_grad()
+    length = np.mean([len(s.response_ids) for s in samples])
+    for sample, advantage in zip(samples, group_advantages(samples, "grpo")):
+        ids = torch.tensor(np.concatenate([sample.prompt_ids, sample.response_ids])).long()[None]
+        logprobs = torch.log_softmax(model(ids).logits[0, :-1], dim=-1).gather(1, ids[0, 1:, None])
+        total = logprobs[len(sample.prompt_ids) - 1 :].sum()
+        (-advantage / (3 * [3, 2, 1][sample.problem] * length) * total).backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    assert (found - expected).norm() < 1e-5 * expected.norm() and figures["updates"] == 1
+    assert [sample.old_logprobs is None for sample in samples] == [False, True, False, False, True, True]  # no gradient
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Four steps of grpo.py without interruption, on one rank and on two."""
+    folders = {ranks: tmp_path_factory.mktemp("grpo") / str(ranks) for ranks in (1, 2)}
+    for ranks, out in folders.items():
+        run_script("grpo.py", *SMALL, "--out", out, ranks=ranks)
+    return folders
+
+
+def test_one_rank_is_two_ranks(straight):
+    one, two = read_log(straight[1]), read_log(straight[2])
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    for name, value in parameters(straight[1], 4).items():
+        assert torch.allclose(value, parameters(straight[2], 4)[name], atol=2e-4), name
+    assert one[-1]["samples"] == 128 and one[-1]["updates"] == 8 and 0 < one[1]["grad_norm"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, ranks):
+    out = tmp_path / "run"
+    run = Started("grpo.py", *SMALL, "--out", out, ranks=ranks, mark=out)
+    wait_for((out / "checkpoints" / "step-000002").is_dir)
+    run.kill()
+    assert not (out / "checkpoints" / "step-000004").exists()
+    run_script("grpo.py", *SMALL, "--out", out, "--resume", ranks=ranks)
+    assert read_log(out) == read_log(straight[ranks])
+    resumed, expected = parameters(out, 4), parameters(straight[ranks], 4)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_training_helps_and_the_fitting_allocator_is_the_default(tmp_path):
+    done = run_script("grpo.py", "--steps", 6, "--eval-every", 6, "--out", tmp_path / "run")
+    log = read_log(tmp_path / "run")
+    assert log[-1]["eval_accuracy"] > log[0]["eval_accuracy"] + 0.05 and "warning" not in done.stdout
+    done = run_script("grpo.py", *SMALL[:-1], 1, "--allocator", "gvm", "--out", tmp_path / "other")
+    assert done.stdout.count("--allocator gvm fits another gradient estimator; here reward does") == 1
