@@ -45,4 +45,4 @@ def test_every_flag_has_a_help_text_and_the_readme_s_flags_exist(script):
     flags = set(re.findall(r"^  (--[a-z-]+)", shown, re.MULTILINE))
     assert len(flags) > 15 and shown.count("(default: ") >= len(flags) - 3
     for command in re.findall(rf"{script} (--(?:.|\\\n)*?)(?<!\\)\n", (ROOT / "README.md").read_text()):
-        assert set(re.findall(r"(--[a-z-]+)", command)) <= flags
+        assert {f"--{name}" for name in re.findall(r"--(?:no-)?([a-z-]+)", command)} <= flags
