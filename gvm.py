@@ -172,20 +172,19 @@ def weight_rule(args):
 def e_step(draw_more, problems: list[Problem], args) -> tuple[dict, list[Sample]]:
     """Algorithm 2: N' pilot samples a prompt, what they tell of p and G, the allocation; over again with --rounds.
 
-    draw_more: from counts, (problems,), and the index of each problem's first sample, to graded samples with norms.
+    draw_more: from counts, (problems,), and the index of each problem's first sample, to graded samples with norms,
+    those of each problem in turn: a window of steps that begins a new epoch may hold a problem twice.
     Returns the samples drawn and a table, (problems,) a column: those of allocator.estimate, "weights", and "counts",
     the samples that each problem gets in all. With --rounds R, R - 1 parts of them are drawn here; the last is the
     caller's. --cost tokens counts each sample by the mean response tokens of its problem.
     """
-    position = {problem.id: i for i, problem in enumerate(problems)}
-    rule, drawn = weight_rule(args), np.full(len(problems), args.pilot_samples)
-    samples = draw_more(drawn, 0)
+    rule, everyone, drawn = weight_rule(args), np.arange(len(problems)), np.full(len(problems), args.pilot_samples)
+    samples, owners = draw_more(drawn, 0), np.repeat(everyone, drawn)
     for rounds_left in range(args.rounds, 0, -1):
         lengths = np.array([len(sample.response_ids) for sample in samples])
         # `sequence` weights divide the loss of a response, and so its gradient, by its length.
         norms = [s.grad_norm for s in samples] / (lengths if args.weighting == "sequence" else np.ones(len(samples)))
-        table = estimate([position[s.problem] for s in samples], [s.reward > 0 for s in samples], norms, lengths,
-                         len(problems))
+        table = estimate(owners, [s.reward > 0 for s in samples], norms, lengths, len(problems))
         right, kinds = table["right"], (table["grad_norms_right"], table["grad_norms_wrong"])
         table["weights"] = posterior_weights(rule, right, drawn, *kinds) if args.shrink else rule(right / drawn, *kinds)
         prices = table["tokens"] if args.cost == "tokens" else np.ones(len(problems))
@@ -195,6 +194,7 @@ def e_step(draw_more, problems: list[Problem], args) -> tuple[dict, list[Sample]
         table["counts"] = allocate(table["weights"], spent + share, reused, prices=prices)
         if rounds_left > 1:
             samples += draw_more(table["counts"] - drawn, drawn)
+            owners = np.concatenate([owners, np.repeat(everyone, table["counts"] - drawn)])
             drawn = table["counts"]
     return table, samples
 

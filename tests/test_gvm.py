@@ -222,6 +222,15 @@ def test_a_window_allocates_over_its_steps_and_counts_its_pilot(tools, problems)
         assert all(s.index >= 2 for s in samples)  # the pilot's own samples are not trained on
 
 
+def test_a_window_may_hold_a_problem_twice(tools, problems):
+    args = flags("--prompts-per-step", 4)
+    ahead = [p.id for step in (1, 2, 3) for p in problems_of_step(problems[:8], step, args)]
+    assert len(set(ahead)) < 12  # the third step begins a new epoch
+    words = ["--prompts-per-step", 4, "--e-step-every", 3, "--rounds", 1, "--cost", "tokens"]
+    (_, _, window), *_ = run_collect(tools, problems[:8], words, 1)
+    assert window["drawn"] == [[2] * 4] * 3 and min(map(min, window["tokens"])) > 0
+
+
 def test_describe_by_hand():
     rewards, problems = {0: [1, 1], 1: [0, 1, 0], 2: [0]}, [Problem(i, "", "") for i in range(4)]  # 3 gets no samples
     samples = [make_sample(i, reward, [1, 2, 3]) for i, group in rewards.items() for reward in group]
