@@ -7,10 +7,12 @@ included), many independent estimates of one update's gradient are made by the p
 compared with the exact gradient. Their mean squared error is the sum of their variance and of their squared bias; all
 three are given relative to the mean squared error with uniform counts.
 
-How. Each problem gets two large sets of samples of its own. Estimates draw from the first, with replacement; the second
-gives the exact gradient, p and G. What the two sets differ by is part of every squared bias; it is printed. Gradients
-are those of all parameters, kept as a count sketch: each coordinate is added with a random sign to one of 1,024 sums,
-which leaves inner products right on average; the error that it makes in a single gradient's length is printed.
+How. Many samples of each problem are drawn once, and these are the population: estimates draw from them, with
+replacement, and the exact gradient, p and G are theirs, without an error of their own. (An independent set for the
+exact gradient would blur the comparison: problems that are solved once in hundreds of samples make two sets differ
+by a good part of the errors that are to be compared. By how much the two halves of the population differ is printed.)
+Gradients are those of all parameters, kept as a count sketch: each coordinate is added with a random sign to one of
+1,024 sums, which leaves inner products right on average; the error that it makes in a gradient's length is printed.
 """
 
 import sys
@@ -32,7 +34,7 @@ from grpo import compare_groups  # noqa: E402
 from gvm import Policy, e_step, score, weight_rule  # noqa: E402
 from raft import keep_right  # noqa: E402
 
-PROBLEMS, SET_SIZE, SKETCH, ESTIMATES = 64, 512, 1024, 600
+PROBLEMS, POPULATION, SKETCH, ESTIMATES = 64, 1024, 1024, 600
 
 ESTIMATORS = {  # the objective, and flags that matter to it or to the rule that fits it
     "log-likelihood": (keep_right, ["--allocator", "gvm"]),
@@ -53,19 +55,18 @@ RULES = {
 
 
 class Pool:
-    """All samples of some problems, their gradients, and where each problem's two sets are among them."""
+    """All samples of some problems, their gradients, and where each problem's population is among them."""
 
     def __init__(self, policy: Policy, sampler, grader, problems):
-        self.problems, self.position = problems, {problem.id: i for i, problem in enumerate(problems)}
-        drawn = draw(sampler, grader, problems, np.full(len(problems), 2 * SET_SIZE), (0, 0, 0), 1.0)
+        self.problems = problems
+        drawn = draw(sampler, grader, problems, np.full(len(problems), POPULATION), (0, 0, 0), 1.0)
         texts: dict[tuple, int] = {}  # equal responses have equal gradients
         places = [texts.setdefault((s.problem, s.response_ids.tobytes()), len(texts)) for s in drawn]
         self.samples: list[Sample] = [None] * len(texts)
         for place, sample in zip(places, drawn):
             self.samples[place] = sample
             sample.index = place
-        sets = np.reshape(places, (len(problems), 2, SET_SIZE))
-        self.first, self.second = sets[:, 0], sets[:, 1]
+        self.places = np.reshape(places, (len(problems), POPULATION))
         score(policy, self.samples, 16384, norms=True)
         self.right = np.array([sample.reward > 0 for sample in self.samples])
         self.gradients, lengths = sketch(policy, self.samples)  # of -sum_t ln pi: (samples, SKETCH)
@@ -73,17 +74,17 @@ class Pool:
         print(f"{len(drawn)} samples, {len(texts)} different ones; sketched length over true length: "
               f"{ratios.mean():.4f}, standard deviation {ratios.std():.4f}")
 
-    def exact(self, which: np.ndarray, estimator: str) -> np.ndarray:
-        """The gradient that an infinite number of samples would give, by the sets of some problems, (SKETCH,)."""
+    def exact(self, problems: np.ndarray, estimator: str, part=slice(None)) -> np.ndarray:
+        """The gradient that infinitely many samples of (part of) these problems' populations would give, (SKETCH,)."""
         total = np.zeros(SKETCH)
-        for places in which:
+        for places in self.places[problems, part]:
             g, r = self.gradients[places], self.right[places].astype(float)
             if estimator == "log-likelihood":  # E[-grad ln pi | right]; none for a problem that is never solved
                 total += r @ g / max(r.sum(), 1)
             else:  # -grad p, with the rewards divided by their standard deviation in `grpo`
                 scale = r.std() + 1e-6 if estimator == "reward, grpo" else 1.0
                 total += (r - r.mean()) / scale @ g / len(r)
-        return total / len(which)
+        return total / len(problems)
 
 
 def sketch(policy: Policy, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
@@ -109,16 +110,16 @@ def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.n
     problems, generator = [pool.problems[i] for i in chosen], np.random.default_rng(1)
 
     def draw_more(counts, first) -> list[Sample]:
-        places = [generator.choice(pool.first[i], count) for i, count in zip(chosen, counts)]
+        places = [generator.choice(pool.places[i], count) for i, count in zip(chosen, counts)]
         return [pool.samples[place] for place in np.concatenate(places)]
 
     counts, even = None, np.full(len(chosen), args.samples_per_prompt)
     if rule == "oracle":
-        places = pool.second[chosen].ravel()
-        owners = np.repeat(np.arange(len(chosen)), SET_SIZE)
+        places = pool.places[chosen].ravel()
+        owners = np.repeat(np.arange(len(chosen)), POPULATION)
         table = estimate(owners, pool.right[places], [pool.samples[k].grad_norm for k in places],
                          np.ones(len(places)), len(chosen))
-        weights = weight_rule(args)(table["right"] / SET_SIZE, table["grad_norms_right"], table["grad_norms_wrong"])
+        weights = weight_rule(args)(table["right"] / POPULATION, table["grad_norms_right"], table["grad_norms_wrong"])
         counts = allocate(weights, even.sum())
     found = np.zeros((ESTIMATES, SKETCH))
     for row in found:
@@ -138,7 +139,7 @@ def measure(pool: Pool, prompts: int, estimator: str, rule: str) -> np.ndarray:
     groups = np.arange(PROBLEMS).reshape(-1, prompts)
     totals = np.zeros(3)
     for chosen in groups:
-        found, exact = estimates(pool, chosen, estimator, rule), pool.exact(pool.second[chosen], estimator)
+        found, exact = estimates(pool, chosen, estimator, rule), pool.exact(chosen, estimator)
         errors = ((found - exact) ** 2).sum(axis=1)
         # The squared distance of the mean of the estimates has their variance over their number in it.
         bias = ((found.mean(axis=0) - exact) ** 2).sum() - found.var(axis=0, ddof=1).sum() / ESTIMATES
@@ -160,8 +161,9 @@ def table(pool: Pool, prompts: int, estimators, rules) -> None:
             half = 1.96 * gain * np.hypot(error / mse, base[1] / base[0]) if rule != "uniform" else 0.0
             line += f"{f'{gain:.2f} +- {half:.2f} ({(mse - bias) / base[0]:.2f} + {bias / base[0]:.2f})':^28s}"
         groups = np.arange(PROBLEMS).reshape(-1, prompts)
-        gaps = [pool.exact(pool.first[i], estimator) - pool.exact(pool.second[i], estimator) for i in groups]
-        print(f"{line}  sets differ by {np.mean([(gap**2).sum() for gap in gaps]) / base[0]:.3f}", flush=True)
+        halves = slice(POPULATION // 2), slice(POPULATION // 2, None)
+        gaps = [pool.exact(i, estimator, halves[0]) - pool.exact(i, estimator, halves[1]) for i in groups]
+        print(f"{line}  halves differ by {np.mean([(gap**2).sum() for gap in gaps]) / base[0]:.2f}", flush=True)
 
 
 def main() -> None:

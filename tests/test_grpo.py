@@ -7,6 +7,7 @@ from conftest import Started, flags, make_sample, run_script
 from test_raft import SMALL, parameters, read_log, wait_for
 
 from data import Problem
+from eval import load_model
 from grpo import compare_groups, group_advantages
 from gvm import Policy
 from raft import train_step
@@ -76,6 +77,20 @@ def test_the_gradient_is_that_of_a_plain_loop(device, model_and_tokenizer):
     expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
     assert (found - expected).norm() < 1e-5 * expected.norm() and figures["updates"] == 1
     assert [sample.old_logprobs is None for sample in samples] == [False, True, False, False, True, True]  # no gradient
+
+
+def test_without_advantages_only_the_kl_trains(device, model_and_tokenizer):
+    policy, reference = Policy(model_and_tokenizer[0]), Policy(load_model(flags(), device)[0])
+    with torch.no_grad():
+        reference.model.get_output_embeddings().weight.mul_(0.9)
+    equal, problems = [make_sample(0, 1.0, [9, 9]) for _ in range(2)], [Problem(0, "", "")]
+    for kl_coef, updates in ((0.0, 0), (0.1, 1)):
+        args = flags("--updates-per-step", 1, "--kl-coef", kl_coef)
+        before = policy.model.get_output_embeddings().weight.clone()
+        figures = train_step(policy, reference if kl_coef else None, torch.optim.SGD(policy.parameters(), lr=1.0),
+                             equal, problems, compare_groups, args)
+        assert (figures["updates"], figures["updates_empty"]) == (updates, 1 - updates)
+        assert torch.equal(policy.model.get_output_embeddings().weight, before) == (updates == 0)
 
 
 @pytest.fixture(scope="module")

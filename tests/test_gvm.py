@@ -132,6 +132,7 @@ def rms(values) -> float:
 @pytest.mark.parametrize("words", [
     ["--weighting", "sequence", "--no-shrink", "--rounds", 1],
     ["--allocator", "reward", "--no-shrink", "--rounds", 1, "--advantage", "loo"],
+    ["--allocator", "reward", "--no-shrink", "--rounds", 1, "--advantage", "grpo"],
     ["--allocator", "reward", "--rounds", 1],
     ["--rounds", 2],
 ])
