@@ -37,9 +37,10 @@ import numpy as np
 def gvm_weights(accept_rates, grad_norms, alpha: float = 1e-3, beta: float = 2.0) -> np.ndarray:
     """Proposition 1: w_i = G_i / sqrt(p_i + alpha / p_i^(beta - 1)), the ideal shares of the budget up to scale.
 
-    accept_rates: p_i in [0, 1], (prompts,). grad_norms: G_i >= 0, (prompts,); ignored where p_i = 0.
-    Returns float64 weights, (prompts,). Weight 0 where p_i = 0, the limit of the formula: nothing that is drawn there
-    is accepted, so nothing reduces the variance; and where G_i = 0: there is no variance to reduce.
+    accept_rates: p_i in [0, 1], (prompts,). grad_norms: G_i >= 0, (prompts,); ignored where p_i = 0. alpha, beta: the
+    damping of Eq. 7, by default as published. Returns float64 weights, (prompts,). Weight 0 where p_i = 0, the limit of
+    the formula: nothing that is drawn there is accepted, so nothing reduces the variance; and where G_i = 0: there is
+    no variance to reduce.
     Raises ValueError naming the argument for NaN, infinite, negative or out-of-range values, or unequal shapes.
     """
     accept_rates, grad_norms = _vectors(accept_rates=accept_rates, grad_norms=grad_norms)
@@ -121,7 +122,8 @@ def posterior_weights(rule, right, drawn, grad_norms_right, grad_norms_wrong) ->
     log_p, log_q = -np.logaddexp(0, -log_odds), -np.logaddexp(0, log_odds)
     pairs = np.stack([right, drawn - right])
     (rights, wrongs), group, prompts = np.unique(pairs, axis=1, return_inverse=True, return_counts=True)
-    likelihood = np.exp(np.outer(rights, log_p) + np.outer(wrongs, log_q))  # (groups, grid)
+    likelihood = np.outer(rights, log_p) + np.outer(wrongs, log_q)  # (groups, grid), in logarithms
+    likelihood = np.exp(likelihood - likelihood.max(axis=1, keepdims=True))  # up to a factor: they underflow
     a, b = (axis.ravel() for axis in np.meshgrid(*[np.geomspace(0.05, 20, 16)] * 2))
     priors = np.exp(np.outer(a, log_p) + np.outer(b, log_q))  # p^a (1-p)^b: Beta(a, b) as a density in log-odds
     priors /= priors.sum(axis=1, keepdims=True)
@@ -130,7 +132,7 @@ def posterior_weights(rule, right, drawn, grad_norms_right, grad_norms_wrong) ->
     posterior /= posterior.sum(axis=1, keepdims=True)
     second_moments = np.zeros(len(right))
     for p, probabilities in zip(np.exp(log_p), posterior.T):
-        second_moments += probabilities[group] * rule(np.full(len(right), p), *norms) ** 2
+        second_moments += probabilities[group.ravel()] * rule(np.full(len(right), p), *norms) ** 2
     return np.sqrt(second_moments)
 
 

@@ -127,6 +127,7 @@ def test_the_posterior_is_as_good_as_one_that_knows_the_prior():
 
 def test_the_posterior_learns_from_all_prompts_and_from_many_samples():
     assert expected_rate([0, 30, 90], [100, 100, 100]) == pytest.approx([0.0, 0.3, 0.9], abs=0.02)
+    assert expected_rate([1, 50_000], [2, 100_000]) == pytest.approx([0.5, 0.5], abs=0.02)
     few = expected_rate([0] + [0] * 20, [2] * 21)[0], expected_rate([0] + [2] * 20, [2] * 21)[0]
     assert 0 < few[0] < 0.05 < 0.15 < few[1]  # unsolved among the unsolved, and among the solved
     rates = expected_rate([0, 1, 2, 3, 4], [4] * 5)
