@@ -1,6 +1,7 @@
 """How good the gradient estimates of raft.py and grpo.py are, with each allocator, at the same number of samples.
 
     python tests/bench_variance.py                 # the toy as it is at the start of training; about ten minutes
+    python tests/bench_variance.py --alpha 0.1     # with flags of raft.py and grpo.py
 
 Measured, not predicted: for each estimator and each way to spend 8 samples a prompt (pilot included, unsolved prompts
 included), many independent estimates of one update's gradient are made by the project's own code, at fixed weights, and
@@ -106,7 +107,7 @@ def sketch(policy: Policy, samples: list[Sample]) -> tuple[np.ndarray, np.ndarra
 def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.ndarray:
     """Independent estimates of the gradient over the chosen problems, as the scripts make them, (ESTIMATES, SKETCH)."""
     objective, fitting = ESTIMATORS[estimator]
-    args = flags(*fitting, *(RULES[rule] or []))
+    args = flags(*fitting, *(RULES[rule] or []), *sys.argv[1:])
     problems, generator = [pool.problems[i] for i in chosen], np.random.default_rng(1)
 
     def draw_more(counts, first) -> list[Sample]:
