@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The objective, the optimisation, and what is kept and reported."""
     add = parser.add_argument_group("objective").add_argument
     add("--loss", choices=["raft", "raft++"], default="raft++", help="-A ln pi, or Eq. 8's clipped ratio; A: advantage")
-    add("--clip-low", type=at_least(0.0), default=0.2, help="raft++: no gradient below ratio 1 - this if A < 0; idle in RAFT")
+    add("--clip-low", type=at_least(0.0), default=0.2, help="raft++: no gradient below ratio 1 - this if A < 0")
     add("--clip-high", type=at_least(0.0), default=0.28, help="raft++: no gradient above ratio 1 + this if A > 0")
     add("--kl-coef", type=at_least(0.0), default=0.0, help="weight of the KL (k3) to the initial model; 0 loads none")
     add = parser.add_argument_group("optimisation").add_argument
