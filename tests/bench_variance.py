@@ -51,6 +51,8 @@ RULES = {
     "gvm rounds": ["--allocator", "gvm", *ROUNDS],
     "reward plug-in": ["--allocator", "reward", "--no-shrink", *ONCE],
     "reward rounds": ["--allocator", "reward", *ROUNDS],
+    "gvm plug-in rounds": ["--allocator", "gvm", "--no-shrink", *ROUNDS],
+    "reward plug-in rounds": ["--allocator", "reward", "--no-shrink", *ROUNDS],
     "oracle": None,  # the rule that fits, with p and G known
 }
 
