@@ -169,6 +169,17 @@ def table(pool: Pool, prompts: int, estimators, rules) -> None:
         print(f"{line}  halves differ by {np.mean([(gap**2).sum() for gap in gaps]) / base[0]:.2f}", flush=True)
 
 
+def rarely_solved(pool: Pool) -> None:
+    """Print whose the bias of the log-likelihood estimate is: without a right sample, problem i is missing."""
+    rates = pool.right[pool.places].mean(axis=1)
+    gradients = np.array([pool.exact(np.array([i]), "log-likelihood") for i in range(PROBLEMS)])
+    missing = (1 - rates[:, None]) ** 8 * gradients  # in expectation, of 8 samples
+    rare = rates < 0.01
+    share = (missing[rare].sum(axis=0) ** 2).sum() / (missing.sum(axis=0) ** 2).sum()
+    print(f"{rare.sum()} of {PROBLEMS} problems are right in under 1 % of their samples; with uniform counts, "
+          f"{share:.0%} of the log-likelihood's squared bias is theirs")
+
+
 def main() -> None:
     """Make the pool and print the tables."""
     args = flags("--prompts-per-step", PROBLEMS)
@@ -176,6 +187,7 @@ def main() -> None:
     problems = problems_of_step(load_prompts(args.data, args.split, tokenizer, args), 1, args)
     with Grader() as grader:
         pool = Pool(Policy(model), HfSampler(model, tokenizer, args), grader, problems)
+    rarely_solved(pool)
     table(pool, 32, ESTIMATORS, RULES)
     for prompts in (16, 64):
         table(pool, prompts, ["log-likelihood", "reward, grpo"], [rule for rule in RULES if rule != "oracle"])
