@@ -1,6 +1,6 @@
 """How good the gradient estimates of raft.py and grpo.py are, with each allocator, at the same number of samples.
 
-    python tests/bench_variance.py                 # the toy as it is at the start of training; about ten minutes
+    python tests/bench_variance.py                 # the toy at the start of training; a quarter of an hour
     python tests/bench_variance.py --alpha 0.1     # with flags of raft.py and grpo.py
 
 Measured, not predicted: for each estimator and each way to spend 8 samples a prompt (pilot included, unsolved prompts
