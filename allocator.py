@@ -59,25 +59,6 @@ def gvm_weights(accept_rates, grad_norms, alpha: float = 1e-3, beta: float = 2.0
     return weights
 
 
-def estimate(owners, right, grad_norms, lengths, prompts: int) -> dict[str, np.ndarray]:
-    """What samples tell of their prompts, (prompts,) each; the arguments are (samples,), owners a sample's prompt.
-
-    right, drawn: the number of samples that are right, of all. grad_norms_right, grad_norms_wrong: root mean squares
-    over samples of each kind, as in the derivation (Algorithm 2 writes the mean), 0 without any. tokens: mean length.
-    """
-    owners, right = np.asarray(owners, dtype=np.int64), np.asarray(right, dtype=bool)
-
-    def total(values) -> np.ndarray:
-        return np.bincount(owners, values, minlength=prompts)
-
-    def rms(kind: np.ndarray) -> np.ndarray:
-        return np.sqrt(total(np.square(grad_norms) * kind) / np.maximum(total(kind), 1))
-
-    drawn = np.bincount(owners, minlength=prompts)
-    return {"right": np.bincount(owners[right], minlength=prompts), "drawn": drawn, "grad_norms_right": rms(right),
-            "grad_norms_wrong": rms(~right), "tokens": total(lengths) / np.maximum(drawn, 1)}
-
-
 def reward_weights(accept_rates, grad_norms_right, grad_norms_wrong, normalize_std: bool) -> np.ndarray:
     """w_i = sqrt(c_i) for policy gradients: the estimator of the expected reward's gradient, with a baseline.
 
@@ -98,6 +79,25 @@ def reward_weights(accept_rates, grad_norms_right, grad_norms_wrong, normalize_s
     variance = p * (1 - p)  # of the reward
     scale = variance > 0 if normalize_std else variance
     return np.sqrt(scale * ((1 - p) * right**2 + p * wrong**2))
+
+
+def estimate(owners, right, grad_norms, lengths, prompts: int) -> dict[str, np.ndarray]:
+    """What samples tell of their prompts, (prompts,) each; the arguments are (samples,), owners a sample's prompt.
+
+    right, drawn: the number of samples that are right, of all. grad_norms_right, grad_norms_wrong: root mean squares
+    over samples of each kind, as in the derivation (Algorithm 2 writes the mean), 0 without any. tokens: mean length.
+    """
+    owners, right = np.asarray(owners, dtype=np.int64), np.asarray(right, dtype=bool)
+
+    def total(values) -> np.ndarray:
+        return np.bincount(owners, values, minlength=prompts)
+
+    def rms(kind: np.ndarray) -> np.ndarray:
+        return np.sqrt(total(np.square(grad_norms) * kind) / np.maximum(total(kind), 1))
+
+    drawn = np.bincount(owners, minlength=prompts)
+    return {"right": np.bincount(owners[right], minlength=prompts), "drawn": drawn, "grad_norms_right": rms(right),
+            "grad_norms_wrong": rms(~right), "tokens": total(lengths) / np.maximum(drawn, 1)}
 
 
 def posterior_weights(rule, right, drawn, grad_norms_right, grad_norms_wrong) -> np.ndarray:
@@ -149,9 +149,8 @@ def allocate(weights, budget, min_samples=0, max_samples=None, prices=None) -> n
     Raises ValueError naming the argument for bad weights and for bounds that no allocation can meet, TypeError for a
     budget that is not whole.
     """
-    weights = _vector("weights", weights)
     if prices is None:
-        budget, prices = operator.index(budget), np.ones(len(weights))
+        budget, prices = operator.index(budget), np.ones(np.shape(weights))
     weights, prices = _vectors(weights=weights, prices=prices)
     if (prices == 0).any():
         raise ValueError("prices must be positive")

@@ -183,7 +183,7 @@ def e_step(draw_more, problems: list[Problem], args) -> tuple[dict, list[Sample]
     for rounds_left in range(args.rounds, 0, -1):
         lengths = np.array([len(sample.response_ids) for sample in samples])
         # `sequence` weights divide the loss of a response, and so its gradient, by its length.
-        norms = [s.grad_norm for s in samples] / (lengths if args.weighting == "sequence" else np.ones(len(samples)))
+        norms = np.array([s.grad_norm for s in samples]) / (lengths if args.weighting == "sequence" else 1)
         table = estimate(owners, [s.reward > 0 for s in samples], norms, lengths, len(problems))
         right, kinds = table["right"], (table["grad_norms_right"], table["grad_norms_wrong"])
         table["weights"] = posterior_weights(rule, right, drawn, *kinds) if args.shrink else rule(right / drawn, *kinds)
@@ -199,7 +199,8 @@ def e_step(draw_more, problems: list[Problem], args) -> tuple[dict, list[Sample]
     return table, samples
 
 
-def draw_scored(policy: Policy, sampler, grader, problems: list[Problem], step: int, args, counts, first):
+def draw_scored(policy: Policy, sampler, grader, problems: list[Problem], step: int, args, counts,
+                first) -> list[Sample]:
     """Graded samples of this step, with log-probs and gradient norms: what e_step asks for."""
     samples = draw(sampler, grader, problems, counts, (args.seed, TRAINING, step), args.temperature, first)
     score(policy, samples, args.tokens_per_micro_batch, norms=True)
@@ -207,8 +208,8 @@ def draw_scored(policy: Policy, sampler, grader, problems: list[Problem], step: 
 
 
 def collect(policy: Policy, sampler, grader, problems: list[Problem], step: int, args,
-            window: dict | None) -> tuple[list[Sample], dict, dict | None]:
-    """Everything one step samples: (samples to train on, figures for the log, the window to hand to the next step).
+            window: dict | None) -> tuple[list[Problem], list[Sample], dict, dict | None]:
+    """One step's sampling: (its problems, samples to train on, figures for the log, the window for the next step).
 
     --e-step-every K = 1: the pilot is part of the budget and is trained on. K > 1: a pilot over the prompts of K steps
     informs the allocation among them. The window holds the table of e_step, a row a step, JSON-ready for a checkpoint.
@@ -230,7 +231,7 @@ def collect(policy: Policy, sampler, grader, problems: list[Problem], step: int,
     reused, extra = (pilot, []) if K == 1 else ([], pilot)
     samples = reused + draw(sampler, grader, batch, counts - first if K == 1 else counts,
                             (args.seed, TRAINING, step), args.temperature, first)
-    return samples, describe(samples, extra, batch) | figures, window
+    return batch, samples, describe(samples, extra, batch) | figures, window
 
 
 def describe(samples: list[Sample], extra: list[Sample], problems: list[Problem]) -> dict:

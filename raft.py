@@ -28,7 +28,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import gvm
-from data import Grader, InputError, Problem, at_least, parse, problems_of_step
+from data import Grader, InputError, Problem, at_least, parse
 from eval import TOY, Sample, collate, deal, evaluate, gather, load_model, load_prompts, make_sampler
 from eval import add_flags as add_model_flags
 from eval import on_rank0, print0, run, setup
@@ -128,19 +128,19 @@ def update(policy: Policy, optimizer, samples: list[Sample], args) -> dict:
     policy.train()
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
+
+    def tokens(name: str, batch: list[Sample]) -> torch.Tensor:
+        """An attribute of each sample, one value a token or one for all of them, as (tokens,)."""
+        spread = [np.broadcast_to(getattr(sample, name), len(sample.response_ids)) for sample in batch]
+        return torch.from_numpy(np.concatenate(spread)).to(device, torch.float32)
+
     for rows in deal(samples, dist.get_world_size(), args.tokens_per_micro_batch)[dist.get_rank()]:
         batch = [samples[j] for j in rows]
-
-        def tokens(values, batch=batch) -> torch.Tensor:
-            """Values of each sample, one a token or one for all, as (tokens,)."""
-            spread = [np.broadcast_to(value, len(s.response_ids)) for value, s in zip(values, batch)]
-            return torch.from_numpy(np.concatenate(spread)).to(device, torch.float32)
-
         logprobs, _ = policy(**collate(batch, device))
-        old, advantages = tokens([s.old_logprobs for s in batch]), tokens([s.advantage for s in batch])
-        losses, clipped = token_losses(logprobs, old, advantages, args)
-        kl = kl_k3(logprobs, tokens([s.ref_logprobs for s in batch])) if args.kl_coef > 0 else 0 * losses
-        loss = (tokens([s.weight for s in batch]) * (losses + args.kl_coef * kl)).sum()
+        old = tokens("old_logprobs", batch) if args.loss == "raft++" else logprobs.detach()
+        losses, clipped = token_losses(logprobs, old, tokens("advantage", batch), args)
+        kl = kl_k3(logprobs, tokens("ref_logprobs", batch)) if args.kl_coef > 0 else 0 * losses
+        loss = (tokens("weight", batch) * (losses + args.kl_coef * kl)).sum()
         loss.backward()
         totals += torch.stack([loss, clipped.sum(), kl.sum()]).detach()
     for tensor in (totals, *(parameter.grad for parameter in policy.parameters())):
@@ -159,14 +159,15 @@ def train_step(policy: Policy, reference: Policy | None, optimizer, samples: lis
                objective, args) -> dict:
     """The M-step: --updates-per-step updates, each on its part of the step's problems; returns figures for the log."""
     parts = []
-    for ids in np.array_split([problem.id for problem in problems], args.updates_per_step):
+    for chosen in np.array_split([problem.id for problem in problems], args.updates_per_step):
+        ids = set(chosen.tolist())
         part = [sample for sample in samples if sample.problem in ids]
         for sample, advantage, weight in zip(part, *objective(part, len(ids), args)):
             sample.advantage, sample.weight = advantage, weight
         parts.append([s for s in part if s.weight > 0 and (s.advantage != 0 or args.kl_coef > 0)])  # with a gradient
     trained = [sample for part in parts for sample in part]
-    # All updates of a step share their old policy, that of before the first. Samples of the E-step have been scored.
-    score(policy, [sample for sample in trained if sample.old_logprobs is None], args.tokens_per_micro_batch)
+    if args.loss == "raft++":  # all updates of a step share their old policy; samples of the E-step have been scored
+        score(policy, [sample for sample in trained if sample.old_logprobs is None], args.tokens_per_micro_batch)
     if reference is not None:
         score(reference, trained, args.tokens_per_micro_batch, into="ref_logprobs")
     totals = Counter(updates=0, updates_empty=0, updates_not_finite=0)
@@ -276,10 +277,9 @@ def train(args, objective, allocator: str) -> None:
         for step in tqdm(range(state["step"] + 1, args.steps + 1), disable=dist.get_rank() > 0):
             state["step"], figures = step, {}
             if step > 0:  # step 0 is the evaluation before training
-                batch = problems_of_step(problems, step, args)
                 with timed(state, "sample"):
                     collected = collect(policy, sampler, grader, problems, step, args, state["window"])
-                    samples, figures, state["window"] = collected
+                    batch, samples, figures, state["window"] = collected
                 with timed(state, "train"):
                     figures |= train_step(policy, reference, optimizer, samples, batch, objective, args)
                 for name in state.keys() & figures.keys():

@@ -53,7 +53,7 @@ RULES = {
     "reward rounds": ["--allocator", "reward", *ROUNDS],
     "gvm plug-in rounds": ["--allocator", "gvm", "--no-shrink", *ROUNDS],
     "reward plug-in rounds": ["--allocator", "reward", "--no-shrink", *ROUNDS],
-    "oracle": None,  # the rule that fits, with p and G known
+    "oracle": [],  # the rule that fits, with p and G known
 }
 
 
@@ -106,28 +106,30 @@ def sketch(policy: Policy, samples: list[Sample]) -> tuple[np.ndarray, np.ndarra
     return sketches.double().numpy(), lengths.numpy()
 
 
+def known_counts(pool: Pool, chosen: np.ndarray, args) -> np.ndarray:
+    """The counts of the rule that --allocator names if p and G are those of the population, (problems,)."""
+    places, owners = pool.places[chosen].ravel(), np.repeat(np.arange(len(chosen)), POPULATION)
+    known = estimate(owners, pool.right[places], [pool.samples[k].grad_norm for k in places], np.ones(len(places)),
+                     len(chosen))
+    weights = weight_rule(args)(known["right"] / POPULATION, known["grad_norms_right"], known["grad_norms_wrong"])
+    return allocate(weights, len(chosen) * args.samples_per_prompt)
+
+
 def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.ndarray:
     """Independent estimates of the gradient over the chosen problems, as the scripts make them, (ESTIMATES, SKETCH)."""
     objective, fitting = ESTIMATORS[estimator]
-    args = flags(*fitting, *(RULES[rule] or []), *sys.argv[1:])
+    args = flags(*fitting, *RULES[rule], *sys.argv[1:])
     problems, generator = [pool.problems[i] for i in chosen], np.random.default_rng(1)
 
     def draw_more(counts, first) -> list[Sample]:
         places = [generator.choice(pool.places[i], count) for i, count in zip(chosen, counts)]
         return [pool.samples[place] for place in np.concatenate(places)]
 
-    counts, even = None, np.full(len(chosen), args.samples_per_prompt)
-    if rule == "oracle":
-        places = pool.places[chosen].ravel()
-        owners = np.repeat(np.arange(len(chosen)), POPULATION)
-        table = estimate(owners, pool.right[places], [pool.samples[k].grad_norm for k in places],
-                         np.ones(len(places)), len(chosen))
-        weights = weight_rule(args)(table["right"] / POPULATION, table["grad_norms_right"], table["grad_norms_wrong"])
-        counts = allocate(weights, even.sum())
+    fixed = known_counts(pool, chosen, args) if rule == "oracle" else np.full(len(chosen), args.samples_per_prompt)
     found = np.zeros((ESTIMATES, SKETCH))
     for row in found:
-        if args.allocator == "uniform" or rule == "oracle":
-            samples = draw_more(even if counts is None else counts, 0)
+        if rule in ("uniform", "oracle"):
+            samples = draw_more(fixed, 0)
         else:
             table, samples = e_step(draw_more, problems, args)
             samples += draw_more(table["counts"] - table["drawn"], table["drawn"])

@@ -1,9 +1,11 @@
 """What several tests share: the toy, a process group of one, samples made by hand, and scripts as users run them."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,7 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is an error at once
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import gvm
@@ -70,6 +74,46 @@ class Started:
             except (FileNotFoundError, ProcessLookupError):
                 pass  # it ended meanwhile
         self.process.wait(timeout=60)
+
+
+SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--pilot-samples", 2, "--eval-samples", 1,
+         "--eval-every", 2, "--save-every", 2, "--keep", 1, "--max-response-tokens", 40, "--kl-coef", 0.01,
+         "--gradient-checkpointing", "--steps", 4]  # a run of four steps
+
+
+def read_log(out, drop=("seconds",)) -> list[dict]:
+    """The log without its times."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(drop)} for line in lines]
+
+
+def parameters(out, step: int) -> dict[str, torch.Tensor]:
+    """The model of a checkpoint."""
+    return AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step-{step:06d}").state_dict()
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    """Return when the condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def check_killed_and_resumed(script: str, words: list, straight: Path, out: Path, ranks: int) -> None:
+    """A run killed after its checkpoint of step 2 and resumed equals `straight`, which was not, bit for bit."""
+    words = [*words, "--out", out]
+    run = Started(script, *words, ranks=ranks, mark=out)
+    wait_for((out / "checkpoints" / "step-000002").is_dir)
+    run.kill()
+    assert not (out / "checkpoints" / "step-000004").exists()
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "sam')  # a line cut short
+    run_script(script, *words, "--resume", ranks=ranks)
+    assert read_log(out) == read_log(straight)
+    resumed, expected = parameters(out, 4), parameters(straight, 4)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000004"]  # --keep 1
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import Started, flags, make_sample, run_script
-from test_raft import SMALL, parameters, read_log, wait_for
+from conftest import SMALL, check_killed_and_resumed, flags, make_sample, parameters, read_log, run_script
 
 from data import Problem
 from eval import load_model
@@ -113,15 +112,7 @@ def test_one_rank_is_two_ranks(straight):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, ranks):
-    out = tmp_path / "run"
-    run = Started("grpo.py", *SMALL, "--out", out, ranks=ranks, mark=out)
-    wait_for((out / "checkpoints" / "step-000002").is_dir)
-    run.kill()
-    assert not (out / "checkpoints" / "step-000004").exists()
-    run_script("grpo.py", *SMALL, "--out", out, "--resume", ranks=ranks)
-    assert read_log(out) == read_log(straight[ranks])
-    resumed, expected = parameters(out, 4), parameters(straight[ranks], 4)
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    check_killed_and_resumed("grpo.py", SMALL, straight[ranks], tmp_path / "run", ranks)
 
 
 def test_training_helps_and_the_fitting_allocator_is_the_default(tmp_path):

@@ -189,7 +189,8 @@ def test_a_budget_of_tokens_is_what_uniform_would_spend(tools, problems):
 def run_collect(tools, problems, words, steps):
     args, window, results = flags("--prompts-per-step", 8, *words), None, []
     for step in range(1, steps + 1):
-        samples, figures, window = collect(*tools, problems, step, args, window)
+        batch, samples, figures, window = collect(*tools, problems, step, args, window)
+        assert batch == problems_of_step(problems, step, args)
         window = json.loads(json.dumps(window))  # as through a checkpoint
         assert len({(s.problem, s.index) for s in samples}) == len(samples)
         results.append((samples, figures, window))

@@ -1,14 +1,13 @@
 """raft.py: losses and weights by hand, gradients that no memory flag or rank changes, and runs that survive a kill."""
 
 import json
-import time
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import Started, flags, make_sample, run_script
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import SMALL, Started, check_killed_and_resumed, flags, make_sample, read_log, run_script, wait_for
+from transformers import AutoTokenizer
 
 from data import InputError, Problem
 from gvm import Policy
@@ -143,29 +142,7 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(small):
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
-SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--pilot-samples", 2, "--eval-samples", 1,
-         "--eval-every", 2, "--save-every", 2, "--keep", 1, "--max-response-tokens", 40, "--kl-coef", 0.01,
-         "--gradient-checkpointing", "--steps", 4]
-
-
 WINDOWS = {1: ["--e-step-every", 1], 2: ["--e-step-every", 3, "--rounds", 1]}  # by the number of ranks
-
-
-def read_log(out, drop=("seconds",)) -> list[dict]:
-    """The log without its times."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(drop)} for line in lines]
-
-
-def parameters(out, step: int) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step-{step:06d}").state_dict()
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -179,19 +156,7 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, ranks):
-    out = tmp_path / "run"
-    words = [*SMALL, *WINDOWS[ranks], "--out", out]
-    run = Started("raft.py", *words, ranks=ranks, mark=out)
-    wait_for((out / "checkpoints" / "step-000002").is_dir)
-    run.kill()
-    assert not (out / "checkpoints" / "step-000004").exists()
-    with (out / "log.jsonl").open("a") as log:
-        log.write('{"step": 3, "sam')  # a line cut short
-    run_script("raft.py", *words, "--resume", ranks=ranks)
-    assert read_log(out) == read_log(straight[ranks])
-    resumed, expected = parameters(out, 4), parameters(straight[ranks], 4)
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000004"]  # --keep 1
+    check_killed_and_resumed("raft.py", [*SMALL, *WINDOWS[ranks]], straight[ranks], tmp_path / "run", ranks)
 
 
 def test_the_log_counts_everything(straight, toy):
