@@ -1,4 +1,4 @@
-"""Problems and answers: loading them, the one prompt template, and grading by mathematical equivalence.
+"""Problems, samples, answers: loading, the one prompt template, and grading by mathematical equivalence.
 
 Everything that comes from outside comes through here, in training and in evaluation alike: flags, data sets, and the
 responses that are judged. What is wrong with it is an InputError.
@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import TimeoutError
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,29 @@ class Problem:
     id: int
     question: str
     answer: str  # the reference, reduced to what belongs into the box: "18", "\\frac{1}{2}"
+    prompt_ids: list[int] | None = None  # filled in where the tokenizer is known (eval.load_prompts)
+
+
+@dataclass
+class Sample:
+    """One response to one problem, with everything that training asks of it. Token ids only: text is not kept."""
+
+    problem: int  # Problem.id
+    index: int  # among the samples of this problem, pilot first
+    prompt_ids: list[int]
+    response_ids: np.ndarray  # int32 (response,), the end-of-sequence token included
+    finished: bool  # False: cut at --max-response-tokens
+    reward: float = 0.0  # 1.0 if right
+    grader_failed: bool = False  # killed at the deadline: counted as wrong
+    sampler_logprobs: np.ndarray | None = None  # float32 (response,), as it was drawn
+    old_logprobs: np.ndarray | None = None  # float32 (response,), the trainer's, before the step's first update
+    ref_logprobs: np.ndarray | None = None  # float32 (response,), the KL reference's
+    grad_norm: float = 0.0  # of the token sum of -log pi, with respect to the output head
+    advantage: float = 0.0  # what its reward is worth to the objective (raft.keep_right, grpo.compare_groups)
+    weight: float = 0.0  # of its token sum in the loss of its update
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
 
 
 def load_problems(spec: str, split: str = "train", limit: int | None = None) -> list[Problem]:
@@ -84,10 +108,7 @@ def load_problems(spec: str, split: str = "train", limit: int | None = None) -> 
     data has, the answer the first of ANSWER_COLUMNS; answers are reduced by `reference_answer`.
     Raises InputError naming the file, the row (from 1) and the columns found.
     """
-    if spec.endswith(LOCAL_SUFFIXES):
-        rows = _read_local(Path(spec))
-    else:
-        rows = _read_hub(spec, split)
+    rows = _read_local(Path(spec)) if spec.endswith(LOCAL_SUFFIXES) else _read_hub(spec, split)
     if not rows:
         raise InputError(f"{spec}: holds no problems")
     if not all(isinstance(row, dict) for row in rows):
@@ -127,8 +148,7 @@ def _read_local(path: Path) -> list:
             return rows if isinstance(rows, list) else [rows]
         rows = []
         for number, line in enumerate(text.split("\n"), start=1):  # noqa: B007 (the message below names it)
-            if line.strip():
-                rows.append(json.loads(line))
+            rows += [json.loads(line)] if line.strip() else []
         return rows
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
@@ -205,12 +225,12 @@ def extract_boxed(text: str) -> str | None:
     return None
 
 
-class Grader:
+class Grader(AbstractContextManager):
     """Scores responses in worker processes; one that overruns `deadline` seconds is killed, and its response gets 0.
 
     Model output can hang any algebra system (`9^{9^{9^{9}}}`) in code that no exception interrupts, hence processes.
     They belong to a small process of their own, this file run as a script, which shares no thread, lock or GPU with the
-    trainer and ends with it. Close it, or use it as a context manager.
+    trainer and ends with it. To be used as a context manager.
     """
 
     def __init__(self, workers: int | None = None, deadline: float = 10.0):
@@ -236,15 +256,9 @@ class Grader:
         graded |= {pair: (score, failed) for pair, (score, failed) in zip(unequal, json.loads(reply), strict=True)}
         return [graded[pair] for pair in pairs]
 
-    def close(self) -> None:
+    def __exit__(self, *exception) -> None:
         """End the grading process and its workers."""
         self.process.communicate()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
 
 
 def equivalent(boxed: str, answer: str) -> bool:

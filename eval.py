@@ -2,25 +2,26 @@
 
 A sample is a pure function of (seed, purpose, step, problem, index): not of the rank that draws it, nor of the samples
 that share its batch. So one rank or eight, a resumed run or a fresh one draw the same text (up to rounding: exact in
-practice in fp32 on CPU; on CUDA bf16 matrix products depend on the batch).
+practice in fp32 on CPU; on CUDA bf16 matrix products depend on the batch, and vLLM draws by rank).
 """
 
 import argparse
+import atexit
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
+from itertools import groupby
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 from transformers.utils import logging as transformers_logging
 
-from data import InputError, Problem, at_least, encode_prompt, load_problems
+from data import InputError, Problem, Sample, at_least, encode_prompt, load_problems
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy")
 TRAINING, EVALUATION = 0, 1  # the purpose of a sample, part of its seed
@@ -31,41 +32,41 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model and sampling").add_argument
     add("--model", default=TOY, help="folder or hub name of a causal LM")
     add("--seed", type=at_least(0), default=0, help="seeds samples and the order of problems")
-    add("--sampler", choices=["auto", "hf", "vllm"], default="auto", help="who generates; auto is hf, transformers")
+    add("--sampler", choices=["auto", "hf", "vllm"], default="auto", help="auto: on CUDA vllm if installed, else hf")
+    add("--vllm-memory", type=at_least(0.01), default=0.4, help="share of each GPU's memory for vllm while it samples")
     add("--temperature", type=at_least(1e-3), default=1.0, help="divides the logits, in sampling and in training")
     add("--max-prompt-tokens", type=at_least(1), default=64, help="longer prompts are dropped, and counted")
     add("--max-response-tokens", type=at_least(1), default=64, help="longer responses are cut, and graded as they are")
-    add("--sampler-batch-size", type=at_least(1), default=256, help="sequences the hf sampler holds; a memory flag")
+    add("--sampler-batch-size", type=at_least(1), default=256, help="sequences sampled at once; a memory flag")
 
 
 def run(main) -> None:
-    """Run a script's main() to the end of its process group; bad input is one line from rank 0 and exit code 2."""
+    """Run a script's main(); bad input is one line from rank 0 and exit code 2."""
     try:
         main()
     except InputError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except torch.OutOfMemoryError:
+        print("out of memory: lower --tokens-per-micro-batch, --vllm-memory, or add --gradient-checkpointing")
+        raise
 
 
 def setup() -> torch.device:
     """Join the process group of torchrun, or be a group of one; returns this rank's device."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ |= alone | os.environ
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as torchrun has it for several ranks: threads that share a busy core only spin
-    backend, patience = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(hours=1)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # an engine may have done it
     return device
 
 
@@ -82,18 +83,16 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def on_rank0(function, *arguments):
-    """Call a function on rank 0 while the others wait; its InputError is raised on every rank, so that none hangs."""
-    result, complaint = None, [None]
-    if dist.get_rank() == 0:
-        try:
-            result = function(*arguments)
-        except InputError as error:
-            complaint = [str(error)]
-    dist.broadcast_object_list(complaint)
-    if complaint[0]:
-        raise InputError(complaint[0])
-    return result
+def on_rank0(function, *arguments) -> None:
+    """Call a function that writes to --out on rank 0; what it raises is raised on every rank, so that none waits."""
+    complaints = []
+    try:
+        if dist.get_rank() == 0:
+            function(*arguments)
+    except (InputError, OSError) as error:
+        complaints.append(error)
+    for error in gather(complaints):
+        raise error if isinstance(error, InputError) else InputError(f"--out: {error}; choose another, or make room")
 
 
 def load_model(args, device: torch.device, checkpoint=None):
@@ -109,14 +108,14 @@ def load_model(args, device: torch.device, checkpoint=None):
     if window and args.max_prompt_tokens + args.max_response_tokens > window:
         raise InputError(f"--max-prompt-tokens + --max-response-tokens is above the model's context of {window} tokens")
     if tokenizer.chat_template is None:
-        print0(f"{args.model} has no chat template: prompts use a plain one")
+        print0(f"{source} has no chat template: prompts use a plain one")
     return model, tokenizer
 
 
 def load_prompts(spec: str, split: str, tokenizer, args, limit: int | None = None) -> list[Problem]:
     """The problems whose prompt fits --max-prompt-tokens: others get no budget, and are counted on screen."""
-    problems = load_problems(spec, split, limit)
-    fitting = [p for p in problems if len(encode_prompt(tokenizer, p)) <= args.max_prompt_tokens]
+    problems = [replace(p, prompt_ids=encode_prompt(tokenizer, p)) for p in load_problems(spec, split, limit)]
+    fitting = [p for p in problems if len(p.prompt_ids) <= args.max_prompt_tokens]
     if not fitting:
         raise InputError(f"{spec}: every prompt is longer than --max-prompt-tokens {args.max_prompt_tokens}")
     if len(fitting) < len(problems):
@@ -124,64 +123,37 @@ def load_prompts(spec: str, split: str, tokenizer, args, limit: int | None = Non
     return fitting
 
 
-@dataclass
-class Sample:
-    """One response to one problem, with everything that training asks of it. Token ids only: text is not kept."""
-
-    problem: int  # Problem.id
-    index: int  # among the samples of this problem, pilot first
-    prompt_ids: np.ndarray  # int32 (prompt,)
-    response_ids: np.ndarray  # int32 (response,), the end-of-sequence token included
-    finished: bool  # False: cut at --max-response-tokens
-    reward: float = 0.0  # 1.0 if right
-    grader_failed: bool = False  # killed at the deadline: counted as wrong
-    old_logprobs: np.ndarray | None = None  # float32 (response,), the trainer's, before the step's first update
-    ref_logprobs: np.ndarray | None = None  # float32 (response,), the KL reference's
-    grad_norm: float = 0.0  # of the token sum of -log pi, with respect to the output head
-    advantage: float = 0.0  # what its reward is worth to the objective (raft.keep_right, grpo.compare_groups)
-    weight: float = 0.0  # of its token sum in the loss of its update
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-
 class HfSampler:
     """transformers' `generate` with its key-value cache, made reproducible sample by sample."""
 
     def __init__(self, model, tokenizer, args):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.ends = model, tokenizer, end_tokens(model, tokenizer)
         self.max_tokens, self.batch_size = args.max_response_tokens, args.sampler_batch_size
-        ends = model.generation_config.eos_token_id
-        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        if not self.ends:
-            raise InputError(f"--model {args.model}: has no end-of-sequence token")
-        self.pad = min(self.ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         # The published settings may hold top-k, penalties, ...: training samples the distribution that it trains.
-        model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), pad_token_id=self.pad)
+        model.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
 
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], seeds: list[tuple[int, ...]], temperature: float) -> list[tuple]:
-        """One (response ids, finished) a prompt; equal prompts with unequal seeds are samples of one problem."""
-        responses = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            responses += self._generate(prompts[rows], GumbelMax(seeds[rows], temperature, self.model.device))
-        return responses
+        """(response ids, their log-probs, finished) for each prompt; a seed ends with the index of the sample."""
+        batches = [slice(start, start + self.batch_size) for start in range(0, len(prompts), self.batch_size)]
+        return [sample for rows in batches for sample in self._generate(prompts[rows], seeds[rows], temperature)]
 
-    def _generate(self, prompts: list[list[int]], pick: LogitsProcessor) -> list[tuple]:
+    def _generate(self, prompts: list[list[int]], seeds: list[tuple[int, ...]], temperature: float) -> list[tuple]:
         longest, device = max(map(len, prompts)), self.model.device
         padding = [longest - len(ids) for ids in prompts]  # on the left: responses begin together
         input_ids = torch.tensor([[self.pad] * n + ids for n, ids in zip(padding, prompts)], device=device)
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
+        pick = GumbelMax(seeds, temperature, device)
         self.model.eval()  # gradient checkpointing would switch the cache off
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             output = self.model.generate(input_ids, attention_mask=mask, max_new_tokens=self.max_tokens,
                                          do_sample=False, logits_processor=[pick])
-        return [self._cut(row) for row in output[:, longest:].tolist()]
-
-    def _cut(self, ids: list[int]) -> tuple[np.ndarray, bool]:
-        end = next((t for t, token in enumerate(ids) if token in self.ends), None)
-        return np.array(ids if end is None else ids[: end + 1], dtype=np.int32), end is not None
+        samples = []
+        for ids, logprobs in zip(output[:, longest:].tolist(), torch.cat(pick.logprobs, dim=1).tolist()):
+            end = next((t for t, token in enumerate(ids, start=1) if token in self.ends), None)
+            samples.append((np.array(ids[:end], np.int32), np.array(logprobs[:end], np.float32), end is not None))
+        return samples
 
 
 class GumbelMax(LogitsProcessor):
@@ -190,30 +162,100 @@ class GumbelMax(LogitsProcessor):
     Each row's noise comes from a generator of its own, so that a sample depends on its seed and logits alone. Inverting
     the cumulative distribution would need one uniform instead, but rounding, which differs from batch to batch, shifts
     all of its edges, one a token of the vocabulary; here a token rarely changes (tests/test_eval.py compares).
-    Temperature 0 takes the most likely token.
+    Temperature 0 takes the most likely token. `logprobs` keeps those of the chosen tokens, (batch, 1) a step.
     """
 
     def __init__(self, seeds: list[tuple[int, ...]], temperature: float, device: torch.device):
-        self.temperature = temperature
-        states = [int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) for seed in seeds]
-        self.generators = [torch.Generator(device).manual_seed(state) for state in states]
+        self.temperature, self.logprobs = temperature, []
+        self.generators = [torch.Generator(device).manual_seed(as_number(seed)) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.temperature == 0:
-            return scores
-        noise = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)  # (batch, vocabulary)
-        for row, generator in zip(noise, self.generators):
-            row.exponential_(generator=generator)  # if E is exponential, -ln E is Gumbel
-        return scores.double() / self.temperature - noise.log()
+        noise = torch.ones(scores.shape, dtype=torch.float64, device=scores.device)  # (batch, vocabulary)
+        if self.temperature > 0:
+            scores = scores / self.temperature
+            for row, generator in zip(noise, self.generators):
+                row.exponential_(generator=generator)  # if E is exponential, -ln E is Gumbel
+        noisy = scores.double() - noise.log()
+        chosen = noisy.argmax(dim=1, keepdim=True)
+        self.logprobs.append(scores.gather(1, chosen) - scores.logsumexp(dim=1, keepdim=True))
+        return noisy
+
+
+class VllmSampler:
+    """One vLLM engine a rank, in the trainer's process, which takes the trainer's weights anew for every call.
+
+    On a CPU each sample has a seed of its own. On CUDA that would leave vLLM's fast sampling kernel, for nothing, since
+    rounding depends on the batch there anyway: an engine has one seed, that of its rank.
+    """
+
+    def __init__(self, model, tokenizer, args):
+        self.model, self.tokenizer, self.cuda = model, tokenizer, model.device.type == "cuda"
+        self.max_tokens, self.ends = args.max_response_tokens, end_tokens(model, tokenizer)
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+        import vllm._custom_ops  # here: slow to import, and not needed for the hf sampler
+
+        if self.cuda:
+            torch.cuda.empty_cache()
+            special = {"dtype": "bfloat16", "gpu_memory_utilization": args.vllm_memory, "enable_sleep_mode": True}
+        else:  # where sleep() and wake_up() do nothing
+            vllm._custom_ops._supports_onednn = False  # it packs weights, which could then not be loaded again
+            torch._dynamo.config.disable = True  # vLLM would call a C++ compiler, for longer than a short run takes
+            special = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+        self.llm = vllm.LLM(
+            args.model, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm",
+            distributed_executor_backend="external_launcher", seed=args.seed * dist.get_world_size() + dist.get_rank(),
+            max_model_len=args.max_prompt_tokens + args.max_response_tokens, max_num_seqs=args.sampler_batch_size,
+            logprobs_mode="processed_logprobs", **special)  # at the temperature, as the trainer has them
+        atexit.register(self.llm.llm_engine.engine_core.shutdown)  # before the process group, which it uses
+        self.llm.sleep(level=2)  # till the next call: the trainer gets the memory, weights and cache are not kept
+
+    def sync(self) -> None:
+        """Load the trainer's weights, and forget the keys and values that others left in the prefix cache."""
+        self.llm.wake_up(tags=["weights"])
+        self.llm.apply_model(lambda engine: engine.load_weights(self.model.named_parameters()))
+        self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def __call__(self, prompts: list[list[int]], seeds: list[tuple[int, ...]], temperature: float) -> list[tuple]:
+        """As HfSampler's. Consecutive samples of a problem are one request for n; sample j of it has seed + j."""
+        from vllm import SamplingParams
+
+        self.sync()
+        runs = [list(run) for _, run in groupby(range(len(seeds)), key=lambda i: (*seeds[i][:-1], seeds[i][-1] - i))]
+        requests = self.llm.generate(
+            [{"prompt_token_ids": prompts[run[0]]} for run in runs],
+            [SamplingParams(n=len(run), temperature=temperature, max_tokens=self.max_tokens, logprobs=0,
+                            seed=None if self.cuda else as_number(seeds[run[0]][:-1]) // 2 + seeds[run[0]][-1],
+                            stop_token_ids=self.ends, ignore_eos=True, detokenize=False) for run in runs],
+            use_tqdm=False)
+        self.llm.sleep(level=2)
+        return [(np.array(o.token_ids, np.int32),
+                 np.array([entry[token].logprob for token, entry in zip(o.token_ids, o.logprobs)], np.float32),
+                 o.finish_reason == "stop") for request in requests for o in request.outputs]
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """The tokens that end a response, sorted; raises InputError if there are none."""
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if not ends:
+        raise InputError(f"--model {model.name_or_path}: has no end-of-sequence token")
+    return sorted(ends)
+
+
+def as_number(seed: tuple[int, ...]) -> int:
+    """A seed of 64 bits from several numbers, for generators that take one."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
 
 
 def make_sampler(model, tokenizer, args):
-    """The sampler that --sampler names."""
-    if args.sampler == "vllm":
-        installed = importlib.util.find_spec("vllm") is not None
-        reason = "is not supported yet" if installed else "is not installed (GPU nodes: pip install vllm==0.32.0)"
-        raise InputError(f"--sampler vllm: vllm {reason}; use --sampler hf")
-    return HfSampler(model, tokenizer, args)
+    """The sampler that --sampler names; raises InputError if there is no vLLM, or it cannot start."""
+    auto = VllmSampler if importlib.util.find_spec("vllm") and model.device.type == "cuda" else HfSampler
+    try:
+        return {"hf": HfSampler, "vllm": VllmSampler, "auto": auto}[args.sampler](model, tokenizer, args)
+    except (ImportError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--sampler {args.sampler}: {reason}; see GPU nodes in README, or use --sampler hf") from error
 
 
 def draw(sampler, grader, problems: list[Problem], counts, key: tuple[int, ...], temperature: float,
@@ -223,51 +265,18 @@ def draw(sampler, grader, problems: list[Problem], counts, key: tuple[int, ...],
     key: (seed, purpose, step). The samples, in the order of problems, are cut into one equal part a rank; the gathered
     order is therefore the same whatever the number of ranks.
     """
-    owners = np.repeat(np.arange(len(problems)), counts)
-    starts = np.broadcast_to(first, len(problems))
-    indices = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts)])
-    mine = np.array_split(np.arange(len(owners)), dist.get_world_size())[dist.get_rank()]
-    prompts = {i: encode_prompt(sampler.tokenizer, problems[i]) for i in np.unique(owners[mine])}
-    seeds = [(*key, problems[owners[k]].id, int(indices[k])) for k in mine]
-    responses = sampler([prompts[i] for i in owners[mine]], seeds, temperature)
-    texts = sampler.tokenizer.batch_decode([ids for ids, _ in responses], skip_special_tokens=True)
-    grades = grader(texts, [problems[i].answer for i in owners[mine]])
-    prompts = {i: np.array(ids, dtype=np.int32) for i, ids in prompts.items()}
+    firsts = np.broadcast_to(first, len(problems)).tolist()
+    wanted = [(p, start + j) for p, start, count in zip(problems, firsts, counts) for j in range(count)]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = wanted[len(wanted) * rank // ranks : len(wanted) * (rank + 1) // ranks]
+    seeds = [(*key, problem.id, index) for problem, index in mine]
+    responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature)
+    texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, *_ in responses]
+    grades = grader(texts, [problem.answer for problem, _ in mine])
     return gather([
-        Sample(problems[owners[k]].id, int(indices[k]), prompts[owners[k]], ids, finished, score, failed)
-        for k, (ids, finished), (score, failed) in zip(mine, responses, grades)
+        Sample(problem.id, index, problem.prompt_ids, ids, finished, score, failed, logprobs)
+        for (problem, index), (ids, logprobs, finished), (score, failed) in zip(mine, responses, grades)
     ])
-
-
-def deal(samples: list, ranks: int, tokens_per_micro_batch: int) -> list[list[list[int]]]:
-    """Micro-batches of every rank, as indices: dealt by length, so that ranks have equal work and rows little padding.
-
-    samples: anything with a length in tokens. A micro-batch is padded to its longest row, its first, and holds at most
-    tokens_per_micro_batch tokens, or one row.
-    """
-    by_length = sorted(range(len(samples)), key=lambda i: -len(samples[i]))
-    shares = []
-    for rank in range(ranks):
-        batches: list[list[int]] = []
-        for i in by_length[rank::ranks]:
-            if batches and (len(batches[-1]) + 1) * len(samples[batches[-1][0]]) <= tokens_per_micro_batch:
-                batches[-1].append(i)
-            else:
-                batches.append([i])
-        shares.append(batches)
-    return shares
-
-
-def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
-    """Policy's inputs for these samples: input_ids, attention_mask, response_mask, each (batch, time)."""
-    rows = [torch.from_numpy(np.concatenate([s.prompt_ids, s.response_ids])).long() for s in samples]
-    in_response = [torch.arange(len(row)) >= len(s.prompt_ids) for row, s in zip(rows, samples)]
-    columns = {
-        "input_ids": rows,
-        "attention_mask": [torch.ones_like(row) for row in rows],
-        "response_mask": in_response,
-    }
-    return {name: pad_sequence(column, batch_first=True).to(device) for name, column in columns.items()}
 
 
 def avg_at_k(rewards: np.ndarray) -> float:

@@ -21,8 +21,8 @@ import numpy as np
 
 import gvm
 import raft
-from data import parse
-from eval import Sample, add_flags, run
+from data import Sample, parse
+from eval import add_flags, run
 
 
 def set_defaults(parser: argparse.ArgumentParser) -> None:

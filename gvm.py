@@ -2,9 +2,8 @@
 
 `collect` is one step's sampling in training. Alone, this script writes the allocation table of a data set:
 
-    python gvm.py --out table.jsonl                                                          # the toy, on a CPU
-    torchrun --nproc-per-node 8 gvm.py --model Qwen/Qwen2.5-Math-1.5B --data ScaleML-RLHF/numina_math_1 \\
-        --max-prompt-tokens 1024 --max-response-tokens 3072 --pilot-samples 8 --limit 1024 --out table.jsonl
+    torchrun gvm.py --out table.jsonl                                                        # the toy, on a CPU
+    torchrun --nproc-per-node 8 gvm.py --model Qwen/Qwen2.5-Math-1.5B --data openai/gsm8k:main ... --out table.jsonl
 """
 
 import argparse
@@ -17,13 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from allocator import allocate, estimate, gvm_weights, posterior_weights, reward_weights, variance_ratio
-from data import Grader, InputError, Problem, at_least, parse, problems_of_step
-from eval import TOY, TRAINING, Sample, collate, deal, draw, gather, load_model, load_prompts, make_sampler
+from data import Grader, InputError, Problem, Sample, at_least, parse, problems_of_step
+from eval import TOY, TRAINING, draw, gather, load_model, load_prompts, make_sampler, on_rank0, print0, run, setup
 from eval import add_flags as add_model_flags
-from eval import on_rank0, print0, run, setup
 
 HEAD_CHUNK = 512  # tokens whose logits, (tokens, vocabulary) in fp32, are held at once
 
@@ -34,22 +33,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", default=os.path.join(TOY, "train.jsonl"), help="problems: a file, or a hub data set, name[:config]")
     add("--split", default="train", help="split of --data, if it is a hub data set")
     add("--samples-per-prompt", type=at_least(1), default=8, help="the budget, on average; includes a reused pilot")
-    add("--allocator", choices=["uniform", "gvm", "reward"], default="gvm",
-        help="who gets how many: all alike; Prop. 1, for RAFT; or what fits policy gradients (GRPO)")
+    add("--allocator", choices=["uniform", "gvm", "reward"], default="gvm", help="all alike; for RAFT; for GRPO")
     add("--pilot-samples", type=at_least(1), default=2, help="N': samples of each prompt to estimate p and G from")
     add("--rounds", type=at_least(1), default=3, help="parts in which the rest is spent, p and G renewed before each")
-    add("--e-step-every", type=at_least(1), default=1, metavar="K",
-        help="steps that one pilot serves; 1 reuses it for training, above 1 it only informs, and is counted")
-    add("--shrink", action=argparse.BooleanOptionalAction, default=True,
-        help="expect c over the posterior of p, instead of taking p for right / drawn")
-    add("--cost", choices=["samples", "tokens"], default="samples", help="what the budget counts; tokens: as many as "
-        "an even split would take, by each prompt's mean response length so far")
+    add("--e-step-every", type=at_least(1), default=1, help="steps that a pilot serves; above 1 it is not trained on")
+    add("--shrink", action=argparse.BooleanOptionalAction, default=True, help="weigh all p that the samples allow")
+    add("--cost", choices=["samples", "tokens"], default="samples", help="of which no more than an even split takes")
     add("--alpha", type=at_least(0.0), default=0.01, help="Eq. 7: weight of the penalty on prompts of small p")
     add("--beta", type=at_least(2.0), default=2.0, help="Eq. 7: its power")
-    add("--weighting", choices=["prompt", "token", "sequence"], default="prompt",
-        help="a sample's weight in the loss (raft.sample_weights); G is measured to match")
-    add("--advantage", choices=["grpo", "dr", "loo"], default="grpo",
-        help="what grpo.py trains on and --allocator reward is for: grpo.group_advantages")
+    add("--weighting", choices=["prompt", "token", "sequence"], default="prompt", help="see raft.sample_weights")
+    add("--advantage", choices=["grpo", "dr", "loo"], default="grpo", help="of grpo.py, and for --allocator reward")
     add("--tokens-per-micro-batch", type=at_least(1), default=16384, help="padded tokens at once; a memory flag")
 
 
@@ -103,9 +96,8 @@ class Policy(nn.Module):
             chunks = zip(hidden.split(HEAD_CHUNK), tokens.split(HEAD_CHUNK))
             return torch.cat([checkpoint(self._logprobs, h, y, use_reentrant=False) for h, y in chunks]), None
 
-    def _log_softmax(self, hidden):
-        logits = self.model.get_output_embeddings()(hidden).float() / self.temperature
-        return torch.log_softmax(logits, dim=-1)  # (tokens, vocabulary)
+    def _log_softmax(self, hidden):  # (tokens, hidden) to (tokens, vocabulary)
+        return torch.log_softmax(self.model.get_output_embeddings()(hidden).float() / self.temperature, dim=-1)
 
     def _logprobs(self, hidden, tokens):
         return self._log_softmax(hidden).gather(1, tokens[:, None]).squeeze(1)
@@ -128,32 +120,47 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _refuse_modified_logits(self) -> None:
-        """Compare the model's logits with its head's output, blown up so that a soft cap cannot hide."""
-        head, ids, seen = self.model.get_output_embeddings(), torch.arange(4, device=self.model.device)[None], {}
+        """Compare the model's logits with W h, with W blown up so that a soft cap cannot hide."""
+        head, ids = self.model.get_output_embeddings(), torch.arange(4, device=self.model.device)[None]
+        head.weight.mul_(1024)  # a power of two: dividing by it restores every bit
+        plain = head(self.model.base_model(input_ids=ids).last_hidden_state)
+        same = torch.allclose(self.model(input_ids=ids).logits, plain, rtol=1e-3)
+        head.weight.div_(1024)
+        if not (isinstance(head, nn.Linear) and same):
+            name = type(self.model).__name__
+            raise InputError(f"--model: {name} scales or caps its logits, or has no linear head: choose another model")
 
-        def enlarge(module, inputs, output):
-            seen.update(hidden=inputs[0], logits=output * (1000 / output.abs().max()))
-            return seen["logits"]
 
-        hook = head.register_forward_hook(enlarge)
-        logits = self.model(input_ids=ids).logits
-        hook.remove()
-        hidden = self.model.base_model(input_ids=ids).last_hidden_state
-        same = [torch.allclose(hidden, seen["hidden"], rtol=1e-3, atol=1e-4), torch.allclose(logits, seen["logits"])]
-        if not (isinstance(head, nn.Linear) and all(same)):
-            raise InputError(f"--model: {type(self.model).__name__} scales or caps its logits, or its head is not "
-                             "linear; gradient norms would be wrong for it: choose another model")
+def deal(samples: list, rank: int, ranks: int, tokens: int) -> list[list[int]]:
+    """This rank's micro-batches, as indices: dealt by length, so that ranks have equal work and rows little padding.
+
+    samples: anything with a length in tokens. A micro-batch is padded to its longest row, its first, and holds at most
+    `tokens` tokens, or one row.
+    """
+    mine, batches = sorted(range(len(samples)), key=lambda i: -len(samples[i]))[rank::ranks], []
+    while mine:
+        rows = max(tokens // len(samples[mine[0]]), 1)
+        batches.append(mine[:rows])
+        mine = mine[rows:]
+    return batches
+
+
+def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
+    """Policy's inputs for these samples: input_ids, attention_mask, response_mask, each (batch, time)."""
+    rows = [torch.from_numpy(np.concatenate([s.prompt_ids, s.response_ids])).long() for s in samples]
+    in_response = [torch.arange(len(row)) >= len(s.prompt_ids) for row, s in zip(rows, samples)]
+    columns = {"input_ids": rows, "attention_mask": map(torch.ones_like, rows), "response_mask": in_response}
+    return {name: pad_sequence(list(column), batch_first=True).to(device) for name, column in columns.items()}
 
 
 @torch.no_grad()
 def score(policy: Policy, samples: list[Sample], tokens_per_micro_batch: int, norms: bool = False,
           into: str = "old_logprobs") -> None:
     """Fill in each sample's log-probs under `policy`, and its grad_norm on request. Work is shared by the ranks."""
-    device = next(policy.parameters()).device
     scored = []
-    for rows in deal(samples, dist.get_world_size(), tokens_per_micro_batch)[dist.get_rank()]:
+    for rows in deal(samples, dist.get_rank(), dist.get_world_size(), tokens_per_micro_batch):
         batch = [samples[i] for i in rows]
-        logprobs, grad_norms = policy(**collate(batch, device), norms=norms)
+        logprobs, grad_norms = policy(**collate(batch, policy.model.device), norms=norms)
         logprobs = logprobs.cpu().split([len(sample.response_ids) for sample in batch])
         grad_norms = grad_norms.tolist() if norms else [sample.grad_norm for sample in batch]
         scored += [(i, values.numpy().copy(), norm) for i, values, norm in zip(rows, logprobs, grad_norms)]
@@ -236,24 +243,21 @@ def collect(policy: Policy, sampler, grader, problems: list[Problem], step: int,
 
 def describe(samples: list[Sample], extra: list[Sample], problems: list[Problem]) -> dict:
     """Log figures of a step's samples and of an `extra` pilot: how many, how right, and where the budget went."""
-
-    def mean(values) -> float | None:
-        return float(np.mean(values)) if len(values) else None  # a step of a window may get no samples at all
-
     drawn = samples + extra
+    figures = {
+        "samples": len(drawn), "tokens": sum(len(sample.response_ids) for sample in drawn),
+        "grader_failures": sum(sample.grader_failed for sample in drawn),
+        "accept_rate": np.mean([s.reward for s in samples]) if samples else None,  # a step of a window may get none
+        "truncated": np.mean([not s.finished for s in drawn]) if drawn else None,
+    }
     counts, right = Counter(s.problem for s in samples), Counter(s.problem for s in samples if s.reward > 0)
     groups = {"never": [p.id for p in problems if right[p.id] == 0],
-              "always": [p.id for p in problems if right[p.id] == counts[p.id] > 0]}
-    groups["sometimes"] = [p.id for p in problems if 0 < right[p.id] < counts[p.id]]
-    return {
-        "samples": len(drawn),
-        "tokens": sum(len(sample.response_ids) for sample in drawn),
-        "accept_rate": mean([sample.reward for sample in samples]),
-        "truncated": mean([not sample.finished for sample in drawn]),
-        "grader_failures": sum(sample.grader_failed for sample in drawn),
-        **{f"prompts_{name}": len(ids) / len(problems) for name, ids in groups.items()},
-        **{f"budget_{name}": sum(counts[i] for i in ids) / max(len(samples), 1) for name, ids in groups.items()},
-    }
+              "sometimes": [p.id for p in problems if 0 < right[p.id] < counts[p.id]],
+              "always": [p.id for p in problems if 0 < right[p.id] == counts[p.id]]}
+    for name, ids in groups.items():
+        figures[f"prompts_{name}"] = len(ids) / len(problems)
+        figures[f"budget_{name}"] = sum(counts[i] for i in ids) / max(len(samples), 1)
+    return figures
 
 
 def add_table_flags(parser: argparse.ArgumentParser) -> None:
@@ -264,13 +268,10 @@ def add_table_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def write_table(path: str, columns: dict) -> None:
-    """Write columns as JSON lines; raises InputError rather than overwrite."""
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            for row in zip(*(np.asarray(column).tolist() for column in columns.values())):
-                file.write(json.dumps(dict(zip(columns, row))) + "\n")
-    except OSError as error:
-        raise InputError(f"--out {path}: {error.strerror}; choose another name") from error
+    """Write columns as JSON lines; raises OSError rather than overwrite."""
+    with open(path, "x", encoding="utf-8") as file:
+        for row in zip(*(np.asarray(column).tolist() for column in columns.values())):
+            file.write(json.dumps(dict(zip(columns, row))) + "\n")
 
 
 def main(args) -> None:
@@ -291,8 +292,7 @@ def main(args) -> None:
     on_rank0(write_table, args.out, {"id": ids, "p": right / table["drawn"], **table})
     print0(f"drawn: {len(pilot)} samples, {right.sum() / len(pilot):.3f} right; {np.mean(right == 0):.0%} unsolved")
     print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} a problem")
-    ratio = variance_ratio(table["weights"], counts, args.samples_per_prompt)
-    print0("predicted variance against uniform:", "unknown" if ratio is None else f"{ratio:.3f} (its own estimate)")
+    print0("predicted variance against uniform:", variance_ratio(table["weights"], counts, args.samples_per_prompt))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     torchrun raft.py                                      # the toy, on a CPU, in minutes
     torchrun raft.py --allocator uniform                  # what GVM is compared with
     torchrun raft.py --resume                             # go on after an interruption
-    torchrun --nproc-per-node 8 raft.py ...               # the paper's run: see README.md
 
 A step: draw samples where they help (gvm.collect), keep the right ones, take a few gradient steps on sum_j w_j sum_t
 loss_jt, j over kept samples, t over their tokens. The w_j come from global counts: no batch or rank changes the sum.
@@ -19,7 +18,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +27,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import gvm
-from data import Grader, InputError, Problem, at_least, parse
-from eval import TOY, Sample, collate, deal, evaluate, gather, load_model, load_prompts, make_sampler
+from data import Grader, InputError, Problem, Sample, at_least, parse
+from eval import TOY, evaluate, gather, load_model, load_prompts, make_sampler, on_rank0, print0, run, setup
 from eval import add_flags as add_model_flags
-from eval import on_rank0, print0, run, setup
-from gvm import Policy, collect, score
+from gvm import Policy, collate, collect, deal, score
 
-START = {"step": -1, "samples": 0, "tokens": 0, "updates": 0, "updates_empty": 0, "updates_not_finite": 0,
-         "grader_failures": 0, "seconds_sample": 0.0, "seconds_train": 0.0, "seconds_eval": 0.0,
-         "window": None, "log_bytes": 0}  # what a checkpoint keeps: counts so far, and the window of gvm.collect
+COUNTS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures", "seconds_sample",
+          "seconds_train", "seconds_eval")
+START = {"step": -1, **dict.fromkeys(COUNTS, 0), "window": None, "log_bytes": 0}  # what a checkpoint keeps
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--clip-low", type=at_least(0.0), default=0.2, help="raft++: no gradient below ratio 1 - this if A < 0")
     add("--clip-high", type=at_least(0.0), default=0.28, help="raft++: no gradient above ratio 1 + this if A > 0")
     add("--kl-coef", type=at_least(0.0), default=0.0, help="weight of the KL (k3) to the initial model; 0 loads none")
+    add("--truncated-is", type=at_least(1.0), metavar="C", help="weight tokens by min(pi_old / sampler's pi, C); off")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=at_least(1), default=30, help="rounds of sampling and training")
     add("--prompts-per-step", type=at_least(1), default=32, help="problems of a step")
@@ -119,12 +118,11 @@ def update(policy: Policy, optimizer, samples: list[Sample], args) -> dict:
     """One optimizer update on sum_j w_j sum_t (loss_jt + kl_coef KL_jt); returns figures that add up over updates.
 
     Each rank adds up the gradients of its samples, then the ranks add up theirs: the weights are global already. No
-    optimizer step without samples, since AdamW would move on zero gradients, or if the gradient is not finite.
+    optimizer step if the gradient is not finite.
     """
-    if not samples:
-        return {"updates_empty": 1}
-    device = next(policy.parameters()).device
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, clipped tokens, KL over tokens
+    device = policy.model.device
+    trained = sum(len(sample.response_ids) for sample in samples)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, clip fraction, mean KL
     policy.train()
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -134,7 +132,7 @@ def update(policy: Policy, optimizer, samples: list[Sample], args) -> dict:
         spread = [np.broadcast_to(getattr(sample, name), len(sample.response_ids)) for sample in batch]
         return torch.from_numpy(np.concatenate(spread)).to(device, torch.float32)
 
-    for rows in deal(samples, dist.get_world_size(), args.tokens_per_micro_batch)[dist.get_rank()]:
+    for rows in deal(samples, dist.get_rank(), dist.get_world_size(), args.tokens_per_micro_batch):
         batch = [samples[j] for j in rows]
         logprobs, _ = policy(**collate(batch, device))
         old = tokens("old_logprobs", batch) if args.loss == "raft++" else logprobs.detach()
@@ -142,7 +140,7 @@ def update(policy: Policy, optimizer, samples: list[Sample], args) -> dict:
         kl = kl_k3(logprobs, tokens("ref_logprobs", batch)) if args.kl_coef > 0 else 0 * losses
         loss = (tokens("weight", batch) * (losses + args.kl_coef * kl)).sum()
         loss.backward()
-        totals += torch.stack([loss, clipped.sum(), kl.sum()]).detach()
+        totals += torch.stack([loss, clipped.sum() / trained, kl.sum() / trained]).detach()
     for tensor in (totals, *(parameter.grad for parameter in policy.parameters())):
         dist.all_reduce(tensor)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
@@ -150,9 +148,7 @@ def update(policy: Policy, optimizer, samples: list[Sample], args) -> dict:
         return {"updates_not_finite": 1}
     optimizer.step()
     loss, clipped, kl = totals.tolist()
-    trained = sum(len(sample.response_ids) for sample in samples)
-    return {"updates": 1, "loss": loss, "clip_fraction": clipped / trained, "kl": kl / trained,
-            "grad_norm": grad_norm.item()}
+    return {"updates": 1, "loss": loss, "clip_fraction": clipped, "kl": kl, "grad_norm": grad_norm.item()}
 
 
 def train_step(policy: Policy, reference: Policy | None, optimizer, samples: list[Sample], problems: list[Problem],
@@ -166,15 +162,23 @@ def train_step(policy: Policy, reference: Policy | None, optimizer, samples: lis
             sample.advantage, sample.weight = advantage, weight
         parts.append([s for s in part if s.weight > 0 and (s.advantage != 0 or args.kl_coef > 0)])  # with a gradient
     trained = [sample for part in parts for sample in part]
-    if args.loss == "raft++":  # all updates of a step share their old policy; samples of the E-step have been scored
+    if args.loss == "raft++" or args.truncated_is:  # one old policy for all updates; the E-step's samples have theirs
         score(policy, [sample for sample in trained if sample.old_logprobs is None], args.tokens_per_micro_batch)
     if reference is not None:
         score(reference, trained, args.tokens_per_micro_batch, into="ref_logprobs")
+    log_ratios = [(s, s.old_logprobs - s.sampler_logprobs) for s in trained if s.old_logprobs is not None]
+    if args.truncated_is:  # weights become (response,)
+        for sample, log_ratio in log_ratios:
+            sample.weight = sample.weight * np.minimum(np.exp(log_ratio), args.truncated_is)
     totals = Counter(updates=0, updates_empty=0, updates_not_finite=0)
     for part in parts:
-        totals.update(update(policy, optimizer, part, args))
+        totals.update(update(policy, optimizer, part, args) if part else {"updates_empty": 1})
     means = ("loss", "clip_fraction", "kl", "grad_norm")
-    return {**totals, **{name: totals[name] / totals["updates"] if totals["updates"] else None for name in means}}
+    figures = {name: totals[name] / totals["updates"] if totals["updates"] else None for name in means}
+    if log_ratios:
+        gaps = np.abs(np.concatenate([log_ratio for _, log_ratio in log_ratios]))
+        figures |= {"sampler_gap": gaps.mean().item(), "sampler_gap_max": gaps.max().item()}
+    return {**totals, **figures}
 
 
 def claim_folder(out: Path, args) -> None:
@@ -182,10 +186,9 @@ def claim_folder(out: Path, args) -> None:
     if (out / "args.json").exists() and not args.resume:
         raise InputError(f"--out {out}: holds a run already; --resume continues it, another --out starts afresh")
     out.mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / "lock", os.O_CREAT | os.O_RDWR)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        fcntl.flock(os.open(out / "lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         raise InputError(f"--out {out}: another process is running there; wait for it or choose another") from error
 
 
@@ -232,22 +235,20 @@ def save_checkpoint(out: Path, policy: Policy, tokenizer, optimizer, state: dict
 def newest_checkpoint(out: Path) -> tuple[Path | None, dict]:
     """The newest complete checkpoint, or None, and the state to go on from; passes broken ones over with a warning."""
     for path in sorted(out.glob("checkpoints/step-??????"), reverse=True):
-        try:
+        with suppress(OSError, ValueError, KeyError):
             state = json.loads((path / "state.json").read_text())
             if all((path / name).stat().st_size == size for name, size in state.pop("sizes").items()):
                 return path, state
-        except (OSError, ValueError, KeyError):
-            pass
         print0(f"warning: {path} is incomplete, trying the one before")
     return None, dict(START)
 
 
-@contextmanager
-def timed(state: dict, phase: str):
-    """Add the time spent inside to the state's seconds of that phase."""
-    start = time.perf_counter()
-    yield
-    state[f"seconds_{phase}"] += time.perf_counter() - start
+def timed(state: dict, phase: str, function, *arguments):
+    """Call a function, and add the time it takes to the state's seconds of that phase."""
+    state[f"seconds_{phase}"] -= time.perf_counter()
+    result = function(*arguments)
+    state[f"seconds_{phase}"] += time.perf_counter()
+    return result
 
 
 def train(args, objective, allocator: str) -> None:
@@ -271,23 +272,21 @@ def train(args, objective, allocator: str) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     if checkpoint:
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True))
-    sampler = make_sampler(model, tokenizer, args)
-    on_rank0(start_log, out, args, state["log_bytes"])
     with Grader() as grader:
+        sampler = make_sampler(model, tokenizer, args)
+        on_rank0(start_log, out, args, state["log_bytes"])
         for step in tqdm(range(state["step"] + 1, args.steps + 1), disable=dist.get_rank() > 0):
             state["step"], figures = step, {}
             if step > 0:  # step 0 is the evaluation before training
-                with timed(state, "sample"):
-                    collected = collect(policy, sampler, grader, problems, step, args, state["window"])
-                    batch, samples, figures, state["window"] = collected
-                with timed(state, "train"):
-                    figures |= train_step(policy, reference, optimizer, samples, batch, objective, args)
+                batch, samples, figures, state["window"] = timed(
+                    state, "sample", collect, policy, sampler, grader, problems, step, args, state["window"])
+                figures |= timed(
+                    state, "train", train_step, policy, reference, optimizer, samples, batch, objective, args)
                 for name in state.keys() & figures.keys():
                     state[name] += figures.pop(name)
             stopping = any(gather([bool(stop)]))  # the ranks agree
             if step in (0, args.steps) or step % args.eval_every == 0:
-                with timed(state, "eval"):
-                    figures |= evaluate(sampler, grader, eval_problems, args)
+                figures |= timed(state, "eval", evaluate, sampler, grader, eval_problems, args)
             on_rank0(write_log, out, state, figures)
             if stopping or step == args.steps or (step > 0 and step % args.save_every == 0):
                 on_rank0(save_checkpoint, out, policy, tokenizer, optimizer, state, args.keep)

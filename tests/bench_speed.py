@@ -22,9 +22,9 @@ import torch.distributed as dist  # noqa: E402
 from conftest import flags  # noqa: E402
 
 from allocator import allocate, gvm_weights, posterior_weights  # noqa: E402
-from data import encode_prompt, load_problems  # noqa: E402
-from eval import HfSampler, Sample, collate, deal, load_model, setup  # noqa: E402
-from gvm import Policy  # noqa: E402
+from data import Sample, encode_prompt, load_problems  # noqa: E402
+from eval import HfSampler, load_model, setup  # noqa: E402
+from gvm import Policy, collate, deal  # noqa: E402
 from raft import update  # noqa: E402
 
 
@@ -44,8 +44,8 @@ def draw_samples(model, tokenizer, args, number: int) -> list[Sample]:
     problems = load_problems(args.data)[:number]
     prompts = [encode_prompt(tokenizer, problem) for problem in problems]
     responses = HfSampler(model, tokenizer, args)(prompts, [(0, i) for i in range(number)], 1.0)
-    return [Sample(i, 0, np.array(ids, np.int32), response, finished, reward=1.0)
-            for i, (ids, (response, finished)) in enumerate(zip(prompts, responses))]
+    return [Sample(i, 0, ids, response, finished, reward=1.0, sampler_logprobs=logprobs)
+            for i, (ids, (response, logprobs, finished)) in enumerate(zip(prompts, responses))]
 
 
 def norms_by_autograd(policy: Policy, samples: list[Sample]) -> list[float]:
@@ -61,7 +61,7 @@ def forward(policy: Policy, samples: list[Sample], budget: int, norms: bool) -> 
     """Log-probs of all samples without gradients, and their norms on request."""
     found = [0.0] * len(samples)
     with torch.no_grad():
-        for rows in deal(samples, 1, budget)[0]:
+        for rows in deal(samples, 0, 1, budget):
             _, values = policy(**collate([samples[i] for i in rows], torch.device("cpu")), norms=norms)
             for i, value in zip(rows, values if norms else [0.0] * len(rows)):
                 found[i] = float(value)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is an error at once
@@ -15,13 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import gvm
 import raft
-from data import Grader, load_problems, parse
-from eval import Sample
+from data import Grader, Sample, parse
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
@@ -37,8 +37,9 @@ def flags(*words: str) -> Namespace:
 
 
 def make_sample(problem: int, reward: float, response: list[int], prompt=(5, 6, 7), **fields) -> Sample:
-    """A sample of given token ids."""
-    return Sample(problem, 0, np.array(prompt, np.int32), np.array(response, np.int32), True, reward, **fields)
+    """A sample of given token ids; the sampler's log-probs are 0 unless given."""
+    fields = {"sampler_logprobs": np.zeros(len(response), np.float32)} | fields
+    return Sample(problem, 0, list(prompt), np.array(response, np.int32), True, reward, **fields)
 
 
 def command(script: str, *words, ranks: int = 1) -> list[str]:
@@ -65,14 +66,20 @@ class Started:
         self.process = subprocess.Popen(command(script, *words, ranks=ranks), env=environment,
                                         stdout=self.output.open("w"), stderr=subprocess.STDOUT)
 
+    def workers(self) -> list[int]:
+        """The processes that are left of it, torchrun included."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                if self.mark in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
+
     def kill(self) -> None:
         """kill -9 for torchrun and every worker, as if the machine went away."""
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                if self.mark in path.read_bytes().split(b"\0"):
-                    os.kill(int(path.parent.name), signal.SIGKILL)
-            except (FileNotFoundError, ProcessLookupError):
-                pass  # it ended meanwhile
+        for worker in self.workers():
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
         self.process.wait(timeout=60)
 
 
@@ -137,9 +144,9 @@ def grader():
 
 
 @pytest.fixture(scope="session")
-def problems(toy):
-    """The toy's training problems."""
-    return load_problems(f"{toy}/train.jsonl")
+def problems(toy, device):
+    """The toy's training problems, with their prompts."""
+    return evaluation.load_prompts(f"{toy}/train.jsonl", "train", AutoTokenizer.from_pretrained(toy), flags())
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from conftest import flags, make_sample
 
-from data import Grader, Problem, load_problems
-from eval import HfSampler, draw, load_model, setup
+from data import Grader, Problem
+from eval import HfSampler, draw, load_model, load_prompts, setup
 from grpo import compare_groups
 from gvm import Policy, score
 from raft import keep_right, train_step
@@ -49,7 +49,7 @@ def main() -> None:
     model, tokenizer = load_model(args, device)
     if part == "draw":
         with Grader(1) as grader:
-            problems = load_problems(args.data)[:9]
+            problems = load_prompts(args.data, args.split, tokenizer, args, 9)
             sampler, counts = HfSampler(model, tokenizer, args), [3, 0, 1, 4, 1, 1, 2, 7, 2]
             samples = draw(sampler, grader, problems, counts, (0, 0, 1), 1.0)
         result = json.dumps([[s.problem, s.index, s.response_ids.tolist(), s.reward] for s in samples])

@@ -8,7 +8,7 @@ import torch
 from conftest import flags, run_script
 
 from data import InputError, encode_prompt
-from eval import GumbelMax, HfSampler, avg_at_k, draw, evaluate, load_model, load_prompts
+from eval import GumbelMax, HfSampler, avg_at_k, draw, evaluate, load_model, load_prompts, make_sampler
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -52,7 +52,7 @@ def requests(model_and_tokenizer, problems):
 
 def sample(model_and_tokenizer, requests, *words, temperature=1.0):
     responses = HfSampler(*model_and_tokenizer, flags(*words))(*requests, temperature)
-    return [(ids.tolist(), finished) for ids, finished in responses]
+    return [(ids.tolist(), finished) for ids, _, finished in responses]
 
 
 def test_samples_do_not_depend_on_the_batch(model_and_tokenizer, requests):
@@ -93,7 +93,7 @@ def test_draw_gives_every_problem_its_count(device, model_and_tokenizer, grader,
     for s in samples:
         text = sampler.tokenizer.decode(s.response_ids, skip_special_tokens=True)
         assert s.reward == float(text.endswith(f"\\boxed{{{problems[s.problem].answer}}}"))
-        assert s.prompt_ids.tolist() == encode_prompt(sampler.tokenizer, problems[s.problem])
+        assert list(s.prompt_ids) == encode_prompt(sampler.tokenizer, problems[s.problem])
     again = draw(sampler, grader, problems[2:3], [1], (0, 0, 1), 1.0, first=5)
     assert again[0].response_ids.tolist() == samples[3].response_ids.tolist()
 
@@ -123,6 +123,22 @@ def test_models_that_cannot_be_had_are_named(device, tmp_path, monkeypatch):
             load_model(flags("--model", name), device)
     with pytest.raises(InputError, match="--max-response-tokens"):
         load_model(flags("--max-response-tokens", 10_000), device)
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'vllm'"), ValueError("not\nsupported " + "x" * 999)])
+def test_without_a_vllm_that_starts_there_is_one_line(model_and_tokenizer, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("eval.VllmSampler", fail)
+    assert isinstance(make_sampler(*model_and_tokenizer, flags()), HfSampler)  # auto, on a CPU
+    with pytest.raises(InputError, match="--sampler vllm: (No module|not supported).*--sampler hf") as raised:
+        make_sampler(*model_and_tokenizer, flags("--sampler", "vllm"))
+    assert len(str(raised.value)) < 400
+
+
+def test_a_rank_may_have_nothing_to_draw(device, model_and_tokenizer, grader, problems):
+    assert draw(HfSampler(*model_and_tokenizer, flags()), grader, problems[:2], [0, 0], (0, 0, 1), 1.0) == []
 
 
 @pytest.mark.parametrize(("words", "named"), [

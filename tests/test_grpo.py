@@ -102,7 +102,7 @@ def straight(tmp_path_factory):
 
 
 def test_one_rank_is_two_ranks(straight):
-    one, two = read_log(straight[1]), read_log(straight[2])
+    one, two = (read_log(straight[ranks], drop=("seconds", "sampler_gap")) for ranks in (1, 2))  # rounding alone
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
     for name, value in parameters(straight[1], 4).items():

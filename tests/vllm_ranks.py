@@ -1,0 +1,66 @@
+"""What test_vllm.py runs under torchrun: `vllm_ranks.py facts OUT`, written by rank 0, and `vllm_ranks.py fail OUT`."""
+
+import json
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from conftest import flags
+
+from data import Grader, Problem, encode_prompt
+from eval import draw, load_model, load_prompts, make_sampler, run, setup
+from gvm import Policy, score
+from raft import keep_right, train_step
+
+LONG = "1+" * 135  # with these, prompts share more than 256 tokens: two blocks of vLLM's cache
+
+
+def main() -> None:
+    """Run the named part on this rank."""
+    part, out = sys.argv[1:]
+    device = setup()
+    args = flags("--sampler", "vllm", "--max-prompt-tokens", 320, "--temperature", 0.8, "--loss", "raft")
+    model, tokenizer = load_model(args, device)
+    policy, sampler = Policy(model, args.temperature), make_sampler(model, tokenizer, args)
+    problems = load_prompts(args.data, args.split, tokenizer, args, 9)
+    long = [Problem(100 + i, f"{LONG}{i}", str(135 + i)) for i in range(2)]
+    long = [Problem(p.id, p.question, p.answer, encode_prompt(tokenizer, p)) for p in long]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+
+    with Grader(1) as grader:
+        def sample(problems: list[Problem], counts: list[int], step: int) -> list:
+            samples = draw(sampler, grader, problems, counts, (0, 0, step), args.temperature)
+            score(policy, samples, args.tokens_per_micro_batch)
+            return samples
+
+        def gap(samples: list) -> float:
+            """The largest difference between the sampler's and the trainer's log-probs."""
+            return float(max(np.abs(s.sampler_logprobs - s.old_logprobs).max() for s in samples))
+
+        first = sample(problems, [3, 0, 1, 4, 1, 1, 2, 7, 2], 1)
+        if part == "fail" and dist.get_rank() == 1:
+            raise RuntimeError("boom")
+        facts = {"samples": [[s.problem, s.index, s.response_ids.tolist(), s.finished, s.reward] for s in first],
+                 "alone": sample(problems[7:8], [1], 1)[0].response_ids.tolist(), "gap": gap(first)}
+        train_step(policy, None, optimizer, first, problems, keep_right, args)
+        facts |= {"gap after a step": gap(sample(problems, [4] * 9, 2)), "long gap": gap(sample(long, [2, 2], 2))}
+        train_step(policy, None, optimizer, first, problems, keep_right, args)
+        engine, sync = sampler.llm, sampler.sync
+        engine.wake_up()
+        engine.sleep = engine.wake_up = lambda *_, **__: None  # sleeping would empty the prefix cache, too
+        sampler.sync = lambda: None
+        facts |= {"gap without sync": gap(sample(problems, [4] * 9, 3))}
+        sampler.sync, reset, engine.reset_prefix_cache = sync, engine.reset_prefix_cache, lambda: None
+        sample(long, [2, 2], 3)  # leaves its keys and values in the cache
+        train_step(policy, None, optimizer, first, problems, keep_right, args)
+        facts |= {"long gap without reset": gap(sample(long, [2, 2], 4))}
+        engine.reset_prefix_cache = reset
+        facts |= {"long gap with reset": gap(sample(long, [2, 2], 4))}
+    if dist.get_rank() == 0:
+        with open(out, "w", encoding="utf-8") as file:
+            json.dump(facts, file)
+
+
+if __name__ == "__main__":
+    run(main)
