@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 import gvm
 from allocator import allocate, gvm_weights, posterior_weights, reward_weights
 from data import InputError, Problem, problems_of_step
-from eval import HfSampler
+from eval import HfSampler, draw
 from gvm import Policy, check_budget, collate, collect, deal, describe, draw_scored, e_step, score
 
 TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -123,6 +123,16 @@ def test_score_does_not_depend_on_micro_batches(tools):
     for a, b in zip(once, twice):
         difference = np.linalg.norm(a.old_logprobs - b.old_logprobs)
         assert difference < 1e-5 * np.linalg.norm(a.old_logprobs) and a.grad_norm > 0 == b.grad_norm
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_hf_sampler_s_log_probs_are_the_trainer_s(device, model_and_tokenizer, grader, problems, temperature):
+    policy, sampler = Policy(model_and_tokenizer[0], temperature), HfSampler(*model_and_tokenizer, flags())
+    samples = draw(sampler, grader, problems[:6], [3] * 6, (0, 0, 1), temperature)
+    score(policy, samples, 10_000)
+    for sample in samples:
+        assert len(sample.sampler_logprobs) == len(sample.response_ids) > 3
+        assert np.abs(sample.sampler_logprobs - sample.old_logprobs).max() < 1e-4
 
 
 def rms(values) -> float:

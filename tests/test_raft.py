@@ -140,6 +140,24 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(small):
     assert update(policy, optimizer, samples, flags())["updates"] == 1 and not unchanged(policy, before)
 
 
+@pytest.mark.parametrize(("loss", "cap"), [("raft++", None), ("raft++", 2.0), ("raft", 1.5)])
+def test_truncated_importance_weights_by_hand(small, loss, cap):
+    policy, optimizer, before = small
+    ratios = [np.array([0.5, 1.0, 1.8]), np.array([4.0])]  # of the trainer's and the sampler's probabilities
+    old = [np.log([0.1, 0.2, 0.3]), np.log([0.4])]
+    samples = [make_sample(i, 1.0, [9] * len(ratio), old_logprobs=o, sampler_logprobs=o - np.log(ratio))
+               for i, (ratio, o) in enumerate(zip(ratios, old))]
+    words = ["--updates-per-step", 1, "--loss", loss] + (["--truncated-is", cap] if cap else [])
+    problems = [Problem(i, "", "") for i in range(2)]
+    figures = train_step(policy, None, optimizer, samples, problems, keep_right, flags(*words))
+    for sample, ratio in zip(samples, ratios):  # two prompts of one right sample, with a mean length of 2
+        assert sample.weight == pytest.approx(np.minimum(ratio, cap) / 4 if cap else 1 / 4, rel=1e-5)
+    gaps = np.abs(np.log(np.concatenate(ratios)))
+    assert figures["sampler_gap"] == pytest.approx(gaps.mean())
+    assert figures["sampler_gap_max"] == pytest.approx(gaps.max())
+    assert figures["updates"] == 1 and not unchanged(policy, before)
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 WINDOWS = {1: ["--e-step-every", 1], 2: ["--e-step-every", 3, "--rounds", 1]}  # by the number of ranks
