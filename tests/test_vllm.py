@@ -24,7 +24,7 @@ def test_samples_depend_on_their_seeds_alone(facts):
     assert facts[1]["samples"] == facts[2]["samples"]
     assert facts[1]["alone"] == facts[2]["alone"] == [row for row in facts[1]["samples"] if row[0] == 7][0][2]
     texts = [tuple(ids) for _, _, ids, _, _ in facts[1]["samples"]]
-    assert len(texts) == 21 and len(set(texts)) > 15
+    assert len(texts) == 22 and len(set(texts)) > 15
     assert all(finished == (ids[-1] == 1) and 1 not in ids[:-1] for _, _, ids, finished, _ in facts[1]["samples"])
 
 
