@@ -49,7 +49,7 @@ def run(main) -> None:
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("out of memory: lower --tokens-per-micro-batch or --vllm-memory (see README)", file=sys.stderr)
+        print("out of memory: see --tokens-per-micro-batch, --vllm-memory, --gradient-checkpointing", file=sys.stderr)
         raise
 
 
