@@ -32,6 +32,7 @@ ORDER = 2  # the purpose of a seed, beside those of other modules
 
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."  # follows the question
+SPACING = re.compile(r"(?<!\\)\\[,;:! ]|~|(?<=[\d}])\.$|\\+$")  # and a full stop: what Math-Verify stumbles over
 PLAIN_TEMPLATE = "{system}\n\nProblem: {question}\n{instruction}\n\nSolution:"  # base models without a chat template
 
 
@@ -268,9 +269,8 @@ def equivalent(boxed: str, answer: str) -> bool:
     """
     from math_verify import LatexExtractionConfig, parse, verify
 
-    gold, response = (
-        parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None) for text in (answer, boxed)
-    )
+    texts = (SPACING.sub("", text) for text in (answer, boxed))
+    gold, response = (parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None) for text in texts)
     return verify(gold, response, timeout_seconds=None)  # the Grader's deadline replaces both time limits
 
 

@@ -1,0 +1,50 @@
+"""Grading: odd answers with a mathematician's score, references against themselves, and how fast it goes."""
+
+import time
+from multiprocessing import Pool
+from pathlib import Path
+
+import pytest
+from odd_answers import BOXED, DIFFERS, WHOLE
+
+from data import Grader, equivalent, load_problems
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def test_odd_answers_get_a_mathematician_s_score():
+    cases = [(f"\\boxed{{{boxed}}}", answer, score) for boxed, answer, score in BOXED] + WHOLE
+    assert len(set(cases)) == len(cases) > 200
+    with Grader(deadline=5.0) as grader:
+        found = grader([case[0] for case in cases], [case[1] for case in cases])
+    differing = [f"\\boxed{{{boxed}}}" for group in DIFFERS.values() for boxed in group]
+    assert {response for (response, _, score), (given, _) in zip(cases, found) if given != score} == set(differing)
+
+
+def is_itself(answer: str) -> bool:
+    return equivalent(answer, answer)
+
+
+@pytest.mark.parametrize("name", ["gsm8k_train", "gsm8k_test", "math500", "aime24"])
+def test_references_equal_themselves_without_the_shortcut(name):
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not here")
+    answers = sorted({problem.answer for problem in load_problems(str(SHARED / f"{name}.jsonl"))})
+    with Pool(2) as pool:
+        equal = pool.map(is_itself, answers, chunksize=20)
+    assert [answer for answer, same in zip(answers, equal) if not same] == []
+
+
+def test_a_minute_is_enough_for_8192_responses():
+    """Typical text, each answer another one, so that nothing is graded twice; measured on a fraction of them."""
+    number, text = 1024, "We add the numbers and simplify, as above. " * 40
+    responses = [f"{text}\\boxed{{\\frac{{{2 * i + 1}}}{{{i + 2}}}}}" for i in range(number)]
+    answers = [f"\\frac{{{2 * (2 * i + 1)}}}{{{2 * (i + 2 + i % 2)}}}" for i in range(number)]  # right for even i
+    with Grader() as grader:
+        grader(["\\boxed{1.0}"], ["1"])
+        start = time.perf_counter()
+        scores = [score for score, _ in grader(responses, answers)]
+        seconds = time.perf_counter() - start
+    assert scores == [float(i % 2 == 0) for i in range(number)]
+    print(f"{60 * number / seconds:.0f} responses a minute")
+    assert 60 * number / seconds > 8192 / 4  # a machine may be four times slower than ours, or busy
