@@ -221,13 +221,13 @@ class VllmSampler:
         from vllm import SamplingParams
 
         self.sync()
-        runs = [list(run) for _, run in groupby(range(len(seeds)), key=lambda i: (*seeds[i][:-1], seeds[i][-1] - i))]
+        runs = [list(run) for _, run in groupby(range(len(seeds)), key=lambda i: (
+            *seeds[i][:-1], seeds[i][-1] - i if temperature > 0 else i))]  # vLLM refuses n > 1 without randomness
         requests = self.llm.generate(
             [{"prompt_token_ids": prompts[run[0]]} for run in runs],
-            [SamplingParams(n=len(run), temperature=temperature, max_tokens=self.max_tokens, logprobs=0,
+            [SamplingParams(n=len(run), temperature=temperature, max_tokens=self.max_tokens, ignore_eos=True,
                             seed=None if self.cuda else as_number(seeds[run[0]][:-1]) // 2 + seeds[run[0]][-1],
-                            stop_token_ids=self.ends, ignore_eos=True, detokenize=False) for run in runs],
-            use_tqdm=False)
+                            stop_token_ids=self.ends, logprobs=0, detokenize=False) for run in runs], use_tqdm=False)
         self.llm.sleep(level=2)
         return [(np.array(o.token_ids, np.int32),
                  np.array([entry[token].logprob for token, entry in zip(o.token_ids, o.logprobs)], np.float32),

@@ -8,7 +8,7 @@ import torch
 from conftest import flags, run_script
 
 from data import InputError, encode_prompt
-from eval import GumbelMax, HfSampler, avg_at_k, draw, evaluate, load_model, load_prompts, make_sampler
+from eval import GumbelMax, HfSampler, avg_at_k, draw, evaluate, load_model, load_prompts, make_sampler, run
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -135,6 +135,16 @@ def test_without_a_vllm_that_starts_there_is_one_line(model_and_tokenizer, monke
     with pytest.raises(InputError, match="--sampler vllm: (No module|not supported).*--sampler hf") as raised:
         make_sampler(*model_and_tokenizer, flags("--sampler", "vllm"))
     assert len(str(raised.value)) < 400
+
+
+def test_out_of_memory_names_the_flags_that_help(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(main)
+    said = capsys.readouterr().err
+    assert all(flag in said for flag in ("--tokens-per-micro-batch", "--vllm-memory", "--gradient-checkpointing"))
 
 
 def test_a_rank_may_have_nothing_to_draw(device, model_and_tokenizer, grader, problems):

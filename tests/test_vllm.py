@@ -28,6 +28,11 @@ def test_samples_depend_on_their_seeds_alone(facts):
     assert all(finished == (ids[-1] == 1) and 1 not in ids[:-1] for _, _, ids, finished, _ in facts[1]["samples"])
 
 
+def test_greedy_texts_are_the_hf_sampler_s(facts):
+    (vllm, hf), (twice, _) = facts[1]["greedy"], facts[2]["greedy"]
+    assert vllm == hf == twice and vllm[::2] == vllm[1::2]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_sampler_s_log_probs_are_the_trainer_s(facts, ranks):
     gaps = {name: value for name, value in facts[ranks].items() if "gap" in name}

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from conftest import flags
 
 from data import Grader, Problem, encode_prompt
-from eval import draw, load_model, load_prompts, make_sampler, run, setup
+from eval import HfSampler, draw, load_model, load_prompts, make_sampler, run, setup
 from gvm import Policy, score
 from raft import keep_right, train_step
 
@@ -42,6 +42,8 @@ def main() -> None:
         if part == "fail" and dist.get_rank() == 1:
             raise RuntimeError("boom")
         facts = {"samples": [[s.problem, s.index, s.response_ids.tolist(), s.finished, s.reward] for s in first],
+                 "greedy": [[s.response_ids.tolist() for s in draw(one, grader, problems[:5], [2] * 5, (0, 0, 1), 0.0)]
+                            for one in (sampler, HfSampler(model, tokenizer, args))],
                  "alone": sample(problems[7:8], [1], 1)[0].response_ids.tolist(), "gap": gap(first)}
         train_step(policy, None, optimizer, first, problems, keep_right, args)
         facts |= {"gap after a step": gap(sample(problems, [4] * 9, 2)), "long gap": gap(sample(long, [2, 2], 2))}
