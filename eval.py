@@ -32,7 +32,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model and sampling").add_argument
     add("--model", default=TOY, help="folder or hub name of a causal LM")
     add("--seed", type=at_least(0), default=0, help="seeds samples and the order of problems")
-    add("--sampler", choices=["auto", "hf", "vllm"], default="auto", help="auto: on CUDA vllm if installed, else hf")
+    add("--sampler", choices=["auto", "hf", "vllm"], default="auto",
+        help="who generates, transformers or vLLM; auto is vllm where that is installed and CUDA is there, else hf")
     add("--vllm-memory", type=at_least(0.01), default=0.4, help="share of each GPU's memory for vllm while it samples")
     add("--temperature", type=at_least(1e-3), default=1.0, help="divides the logits, in sampling and in training")
     add("--max-prompt-tokens", type=at_least(1), default=64, help="longer prompts are dropped, and counted")
@@ -96,7 +97,7 @@ def on_rank0(function, *arguments) -> None:
 
 
 def load_model(args, device: torch.device, checkpoint=None):
-    """(model, tokenizer) of a checkpoint or of --model, in fp32; InputError if it cannot be had or is too short."""
+    """(model, tokenizer) of a checkpoint or of --model, in fp32; InputError if it cannot be had or does not do."""
     source = checkpoint or args.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -107,6 +108,13 @@ def load_model(args, device: torch.device, checkpoint=None):
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window and args.max_prompt_tokens + args.max_response_tokens > window:
         raise InputError(f"--max-prompt-tokens + --max-response-tokens is above the model's context of {window} tokens")
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if not ends:
+        raise InputError(f"--model {source}: has no end-of-sequence token")
+    pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # The published settings may hold top-k, penalties, ...: training samples the distribution that it trains.
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad)
     if tokenizer.chat_template is None:
         print0(f"{source} has no chat template: prompts use a plain one")
     return model, tokenizer
@@ -127,11 +135,9 @@ class HfSampler:
     """transformers' `generate` with its key-value cache, made reproducible sample by sample."""
 
     def __init__(self, model, tokenizer, args):
-        self.model, self.tokenizer, self.ends = model, tokenizer, end_tokens(model, tokenizer)
+        self.model, self.tokenizer = model, tokenizer
+        self.ends, self.pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
         self.max_tokens, self.batch_size = args.max_response_tokens, args.sampler_batch_size
-        self.pad = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        # The published settings may hold top-k, penalties, ...: training samples the distribution that it trains.
-        model.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
 
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], seeds: list[tuple[int, ...]], temperature: float) -> list[tuple]:
@@ -190,7 +196,7 @@ class VllmSampler:
 
     def __init__(self, model, tokenizer, args):
         self.model, self.tokenizer, self.cuda = model, tokenizer, model.device.type == "cuda"
-        self.max_tokens, self.ends = args.max_response_tokens, end_tokens(model, tokenizer)
+        self.max_tokens, self.ends = args.max_response_tokens, model.generation_config.eos_token_id
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
         import vllm._custom_ops  # here: slow to import, and not needed for the hf sampler
 
@@ -232,15 +238,6 @@ class VllmSampler:
         return [(np.array(o.token_ids, np.int32),
                  np.array([entry[token].logprob for token, entry in zip(o.token_ids, o.logprobs)], np.float32),
                  o.finish_reason == "stop") for request in requests for o in request.outputs]
-
-
-def end_tokens(model, tokenizer) -> list[int]:
-    """The tokens that end a response, sorted; raises InputError if there are none."""
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    if not ends:
-        raise InputError(f"--model {model.name_or_path}: has no end-of-sequence token")
-    return sorted(ends)
 
 
 def as_number(seed: tuple[int, ...]) -> int:

@@ -1,6 +1,7 @@
 """eval.py: samples that depend on nothing but their seed, drawn from the model's own distribution."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -74,9 +75,13 @@ def test_the_end_token_is_kept_and_cut_responses_are_marked(model_and_tokenizer,
         assert short == ids[:12] and short_finished == (finished and len(ids) <= 12)
 
 
-def test_samples_follow_the_model_s_distribution(model_and_tokenizer, problems):
-    model, tokenizer = model_and_tokenizer
-    model.generation_config.update(top_k=1, repetition_penalty=5.0, temperature=0.1)  # published settings: ignored
+def test_samples_follow_the_model_s_distribution(device, problems, toy, tmp_path):
+    shutil.copytree(toy, tmp_path / "toy")
+    published = {"top_k": 1, "repetition_penalty": 5.0, "temperature": 0.1, "do_sample": False, "eos_token_id": [1, 5]}
+    (tmp_path / "toy" / "generation_config.json").write_text(json.dumps(published))  # ignored, all but the last
+    model_and_tokenizer = model, tokenizer = load_model(flags("--model", tmp_path / "toy"), device)
+    assert HfSampler(*model_and_tokenizer, flags()).ends == [1, 5]
+    model.save_pretrained(tmp_path / "saved")  # transformers refuses to save what is published there
     prompt = encode_prompt(tokenizer, problems[0])
     drawn = sample(model_and_tokenizer, ([prompt] * 1000, [(1, i) for i in range(1000)]), "--max-response-tokens", 1)
     expected = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], dim=-1).detach().numpy()
