@@ -32,7 +32,7 @@ ORDER = 2  # the purpose of a seed, beside those of other modules
 
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."  # follows the question
-SPACING = re.compile(r"(?<!\\)\\[,;:! ]|~|(?<=[\d}])\.$|\\+$")  # and a full stop: what Math-Verify stumbles over
+SPACING = re.compile(r"(?<!\\)\\[,;:! ]|~|(?<=[\d}])\.$|\\+$")  # LaTeX's spaces, a last stop: Math-Verify reads neither
 PLAIN_TEMPLATE = "{system}\n\nProblem: {question}\n{instruction}\n\nSolution:"  # base models without a chat template
 
 
@@ -149,7 +149,8 @@ def _read_local(path: Path) -> list:
             return rows if isinstance(rows, list) else [rows]
         rows = []
         for number, line in enumerate(text.split("\n"), start=1):  # noqa: B007 (the message below names it)
-            rows += [json.loads(line)] if line.strip() else []
+            if line.strip():
+                rows.append(json.loads(line))
         return rows
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error

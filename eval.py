@@ -97,7 +97,7 @@ def on_rank0(function, *arguments) -> None:
 
 
 def load_model(args, device: torch.device, checkpoint=None):
-    """(model, tokenizer) of a checkpoint or of --model, in fp32; InputError if it cannot be had or does not do."""
+    """(model, tokenizer) of a checkpoint or of --model, in fp32; InputError if it cannot be had or used."""
     source = checkpoint or args.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -197,7 +197,7 @@ class VllmSampler:
     def __init__(self, model, tokenizer, args):
         self.model, self.tokenizer, self.cuda = model, tokenizer, model.device.type == "cuda"
         self.max_tokens, self.ends = args.max_response_tokens, model.generation_config.eos_token_id
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+        os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         import vllm._custom_ops  # here: slow to import, and not needed for the hf sampler
 
         if self.cuda:

@@ -33,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", default=os.path.join(TOY, "train.jsonl"), help="problems: a file, or a hub data set, name[:config]")
     add("--split", default="train", help="split of --data, if it is a hub data set")
     add("--samples-per-prompt", type=at_least(1), default=8, help="the budget, on average; includes a reused pilot")
-    add("--allocator", choices=["uniform", "gvm", "reward"], default="gvm", help="all alike; for RAFT; for GRPO")
+    add("--allocator", choices=["uniform", "gvm", "reward"], default="gvm", help="equal counts; RAFT's rule; GRPO's")
     add("--pilot-samples", type=at_least(1), default=2, help="N': samples of each prompt to estimate p and G from")
     add("--rounds", type=at_least(1), default=3, help="parts in which the rest is spent, p and G renewed before each")
     add("--e-step-every", type=at_least(1), default=1, help="steps that a pilot serves; above 1 it is not trained on")
@@ -148,9 +148,9 @@ def deal(samples: list, rank: int, ranks: int, tokens: int) -> list[list[int]]:
 def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
     """Policy's inputs for these samples: input_ids, attention_mask, response_mask, each (batch, time)."""
     rows = [torch.from_numpy(np.concatenate([s.prompt_ids, s.response_ids])).long() for s in samples]
-    in_response = [torch.arange(len(row)) >= len(s.prompt_ids) for row, s in zip(rows, samples)]
-    columns = {"input_ids": rows, "attention_mask": map(torch.ones_like, rows), "response_mask": in_response}
-    return {name: pad_sequence(list(column), batch_first=True).to(device) for name, column in columns.items()}
+    response = [torch.arange(len(row)) >= len(s.prompt_ids) for row, s in zip(rows, samples)]
+    columns = {"input_ids": rows, "attention_mask": [torch.ones_like(row) for row in rows], "response_mask": response}
+    return {name: pad_sequence(column, batch_first=True).to(device) for name, column in columns.items()}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     torchrun raft.py                                      # the toy, on a CPU, in minutes
     torchrun raft.py --allocator uniform                  # what GVM is compared with
     torchrun raft.py --resume                             # go on after an interruption
+    torchrun --nproc-per-node 8 raft.py ...               # the paper's run: see README.md
 
 A step: draw samples where they help (gvm.collect), keep the right ones, take a few gradient steps on sum_j w_j sum_t
 loss_jt, j over kept samples, t over their tokens. The w_j come from global counts: no batch or rank changes the sum.

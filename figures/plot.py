@@ -11,7 +11,6 @@ points are the steps at which every seed has been evaluated: mean cost against m
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,15 +87,9 @@ def main() -> None:
         if args.save:
             Path(args.save).write_text("".join(json.dumps(point) + "\n" for point in points), encoding="utf-8")
     except ImportError:
-        sys.exit(fail("needs matplotlib: pip install matplotlib"))
+        parser.exit(2, "plot.py: error: needs matplotlib: pip install matplotlib\n")
     except (OSError, ValueError) as error:
-        sys.exit(fail(error))
-
-
-def fail(reason) -> int:
-    """Print one line; returns the exit code."""
-    print(f"plot.py: error: {reason}", file=sys.stderr)
-    return 2
+        parser.exit(2, f"plot.py: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from data import Grader, Sample, parse
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
+SHARED = ROOT.parent / "shared" / "data"  # published files, where they are at hand
 
 
 def flags(*words: str) -> Namespace:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import SHARED
 from transformers import AutoTokenizer
 
 from data import (
@@ -22,8 +23,6 @@ from data import (
     problems_of_step,
     reference_answer,
 )
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")

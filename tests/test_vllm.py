@@ -87,5 +87,3 @@ def test_gvm_writes_a_table_with_it(tmp_path):
     run_script("gvm.py", "--limit", 8, "--sampler", "vllm", "--out", tmp_path / "table.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "table.jsonl").open()]
     assert sum(row["counts"] for row in rows) == 64 and 0 < np.mean([row["p"] for row in rows]) < 1
-
-

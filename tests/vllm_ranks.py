@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def main() -> None:
     policy, sampler = Policy(model, args.temperature), make_sampler(model, tokenizer, args)
     problems = load_prompts(args.data, args.split, tokenizer, args, 9)
     long = [Problem(100 + i, f"{LONG}{i}", str(135 + i)) for i in range(2)]
-    long = [Problem(p.id, p.question, p.answer, encode_prompt(tokenizer, p)) for p in long]
+    long = [replace(problem, prompt_ids=encode_prompt(tokenizer, problem)) for problem in long]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
 
     with Grader(1) as grader:
