@@ -82,8 +82,7 @@ class Policy(nn.Module):
         input_ids, attention_mask, response_mask: (batch, time), padded on the right. With `norms`, also
         ||grad_W -sum_t ln pi(y_t)|| of each row, from the same forward pass, and the log-probs carry no gradient.
         """
-        device_type = input_ids.device.type
-        with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
             output = self.model.base_model(input_ids, attention_mask=attention_mask, use_cache=False)
             predicted = response_mask[:, 1:]  # position t predicts token t + 1
             hidden = output.last_hidden_state[:, :-1][predicted]  # (tokens, hidden)
@@ -122,11 +121,13 @@ class Policy(nn.Module):
     def _refuse_modified_logits(self) -> None:
         """Compare the model's logits with W h, with W blown up so that a soft cap cannot hide."""
         head, ids = self.model.get_output_embeddings(), torch.arange(4, device=self.model.device)[None]
-        head.weight.mul_(1024)  # a power of two: dividing by it restores every bit
-        plain = head(self.model.base_model(input_ids=ids).last_hidden_state)
-        same = torch.allclose(self.model(input_ids=ids).logits, plain, rtol=1e-3)
-        head.weight.div_(1024)
-        if not (isinstance(head, nn.Linear) and same):
+        same = isinstance(head, nn.Linear)
+        if same:
+            head.weight.mul_(1024)  # a power of two: dividing by it restores every bit
+            plain = head(self.model.base_model(input_ids=ids).last_hidden_state)
+            same = torch.allclose(self.model(input_ids=ids).logits, plain, rtol=1e-3)
+            head.weight.div_(1024)
+        if not same:
             name = type(self.model).__name__
             raise InputError(f"--model: {name} scales or caps its logits, or has no linear head: choose another model")
 
@@ -243,13 +244,11 @@ def collect(policy: Policy, sampler, grader, problems: list[Problem], step: int,
 
 def describe(samples: list[Sample], extra: list[Sample], problems: list[Problem]) -> dict:
     """Log figures of a step's samples and of an `extra` pilot: how many, how right, and where the budget went."""
-    drawn = samples + extra
-    figures = {
-        "samples": len(drawn), "tokens": sum(len(sample.response_ids) for sample in drawn),
-        "grader_failures": sum(sample.grader_failed for sample in drawn),
-        "accept_rate": np.mean([s.reward for s in samples]) if samples else None,  # a step of a window may get none
-        "truncated": np.mean([not s.finished for s in drawn]) if drawn else None,
-    }
+    drawn = samples + extra  # may be none in a step of a window
+    figures = {"samples": len(drawn), "tokens": sum(len(s.response_ids) for s in drawn),
+               "grader_failures": sum(s.grader_failed for s in drawn),
+               "accept_rate": np.mean([s.reward for s in samples]) if samples else None,
+               "truncated": np.mean([not s.finished for s in drawn]) if drawn else None}
     counts, right = Counter(s.problem for s in samples), Counter(s.problem for s in samples if s.reward > 0)
     groups = {"never": [p.id for p in problems if right[p.id] == 0],
               "sometimes": [p.id for p in problems if 0 < right[p.id] < counts[p.id]],
@@ -292,7 +291,8 @@ def main(args) -> None:
     on_rank0(write_table, args.out, {"id": ids, "p": right / table["drawn"], **table})
     print0(f"drawn: {len(pilot)} samples, {right.sum() / len(pilot):.3f} right; {np.mean(right == 0):.0%} unsolved")
     print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} a problem")
-    print0("predicted variance against uniform:", variance_ratio(table["weights"], counts, args.samples_per_prompt))
+    ratio = variance_ratio(table["weights"], counts, args.samples_per_prompt)
+    print0("predicted variance against uniform:", "unknown" if ratio is None else f"{ratio:.3f} (its own estimate)")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,22 @@ def test_scaled_or_capped_logits_are_refused(config):
         Policy(AutoModelForCausalLM.from_config(config))
 
 
+def test_a_head_that_is_not_linear_is_refused():
+    model = tiny_policy(tied=False).model
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(InputError, match="no linear head"):
+        Policy(model)
+
+
+def test_the_check_leaves_every_weight_as_it_was():
+    for tied in (True, False):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY, tie_word_embeddings=tied))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        Policy(model)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_dropout_is_off_in_training():
     torch.manual_seed(0)
     policy = Policy(AutoModelForCausalLM.from_config(LlamaConfig(**TINY, attention_dropout=0.5))).train()
