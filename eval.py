@@ -1,299 +1,286 @@
-"""Draw, grade and count: prompts in, scored samples out, dealt over the ranks. A pilot is an evaluation with k = N'.
+"""Evaluate a model on benchmarks: samples as JSON lines, avg@k, pass@k, maj@k, a table in Markdown.
 
-    torchrun --nproc-per-node 8 eval.py --model Qwen/Qwen2.5-Math-1.5B --data math500,aime24 --samples 8
+    torchrun eval.py --model Qwen/Qwen2.5-Math-1.5B --data math500,aime24         # the paper's way
+    torchrun --nproc-per-node 8 eval.py --model ... --data ...                    # the same, sooner
+    torchrun eval.py --model ... --data ... --resume                              # draws the rest
+    python eval.py --rescore runs/eval-Qwen2.5-Math-1.5B/math500.jsonl            # without a model
 
-A sample is a pure function of (seed, purpose, step, problem, index): not of the rank that draws it, nor of the samples
-that share its batch. So one rank or eight, a resumed run or a fresh one draw the same text (up to rounding: exact in
-practice in fp32 on CPU; on CUDA bf16 matrix products depend on the batch, and vLLM draws by rank).
+OUT holds NAME.jsonl for each benchmark, a line a sample; protocol.json, what has to be known to
+repeat the figures; and summary.json, the figures. Training calls `evaluate` for its log.
 """
 
 import argparse
-import atexit
-import importlib.util
+import hashlib
+import importlib.metadata
+import json
+import math
 import os
-import sys
-from dataclasses import replace
-from datetime import timedelta
+import re
+from collections import Counter
+from contextlib import nullcontext
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging as transformers_logging
+from tqdm import tqdm
+from transformers.utils import cached_file
 
-from data import InputError, Problem, Sample, as_rows, at_least, encode_prompt, load_problems, pass_at_k
+from data import BENCHMARKS, SYSTEM_PROMPT, TOY, Grader, InputError, Problem, Sample
+from data import encode_prompt, extract_boxed, read_rows
+from model import add_model_flags, load_model
+from run import append_rows, claim_folder, join_ranks, non_negative, on_rank0, parse_flags
+from run import positive_int, print0, run_script
+from sampler import EVALUATION, add_sampler_flags, as_rows, draw, load_prompts, make_sampler
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-TOY = os.path.join(HERE, "tests", "toy")
-TRAINING, EVALUATION, ORDER = 0, 1, 2  # what a seed is for, a part of it
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The model and how it is sampled."""
-    add = parser.add_argument_group("model and sampling").add_argument
-    add("--model", default=TOY, help="folder or hub name of a causal LM")
-    add("--seed", type=at_least(0), default=0, help="seeds samples and the order of problems")
-    add("--sampler", choices=["auto", "hf", "vllm"], default="auto",
-        help="who generates, transformers or vLLM; auto is vllm where that is installed and CUDA is there, else hf")
-    add("--vllm-memory", type=at_least(0.01), default=0.4, help="share of each GPU's memory for vllm while it samples")
-    add("--temperature", type=at_least(1e-3), default=1.0, help="divides the logits, in sampling and in training")
-    add("--max-prompt-tokens", type=at_least(1), default=64, help="longer prompts are dropped, and counted")
-    add("--max-response-tokens", type=at_least(1), default=64, help="longer responses are cut, and graded as they are")
-    add("--sampler-batch-size", type=at_least(1), default=256, help="sequences sampled at once; a memory flag")
+# --- metrics -------------------------------------------------------------------------------
 
 
-def run(main) -> None:
-    """Run a script's main(); bad input is one line from rank 0 and exit code 2."""
-    try:
-        main()
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("out of memory: see --tokens-per-micro-batch, --vllm-memory, --gradient-checkpointing", file=sys.stderr)
-        raise
+def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """pass@k of each problem, (problems,): the chance that one of k samples is right.
 
-
-def setup() -> torch.device:
-    """Join the process group of torchrun, or be a group of one; returns this rank's device."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    os.environ |= alone | os.environ
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # as torchrun has it for several ranks: threads that share a busy core only spin
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
-    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # an engine may have done it
-    return device
-
-
-def print0(*values) -> None:
-    """print, on rank 0 alone."""
-    if dist.get_rank() == 0:
-        print(*values, flush=True)
-
-
-def gather(items: list) -> list:
-    """Every rank's items, in the order of ranks, on every rank."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
-
-
-def on_rank0(function, *arguments) -> None:
-    """Call a function that writes to --out on rank 0; what it raises is raised on every rank, so that none waits."""
-    complaints = []
-    try:
-        if dist.get_rank() == 0:
-            function(*arguments)
-    except (InputError, OSError) as error:
-        complaints.append(error)
-    for error in gather(complaints):
-        raise error if isinstance(error, InputError) else InputError(f"--out: {error}; choose another, or make room")
-
-
-def load_model(args, device: torch.device, checkpoint=None):
-    """(model, tokenizer) of a checkpoint or of --model, in fp32; InputError if it cannot be had or used."""
-    source = checkpoint or args.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(f"--model {source}: cannot be loaded ({type(error).__name__}: {reason})") from error
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window and args.max_prompt_tokens + args.max_response_tokens > window:
-        raise InputError(f"--max-prompt-tokens + --max-response-tokens is above the model's context of {window} tokens")
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    if not ends:
-        raise InputError(f"--model {source}: has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = min(ends)
-    # The published settings may hold top-k, penalties, ...: training samples the distribution that it trains.
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
-    if tokenizer.chat_template is None:
-        print0(f"{source} has no chat template: prompts use a plain one")
-    return model, tokenizer
-
-
-def load_prompts(spec: str, split: str, tokenizer, args, limit: int | None = None) -> list[Problem]:
-    """The problems whose prompt fits --max-prompt-tokens: others get no budget, and are counted on screen."""
-    problems = [replace(p, prompt_ids=encode_prompt(tokenizer, p)) for p in load_problems(spec, split, limit)]
-    fitting = [p for p in problems if len(p.prompt_ids) <= args.max_prompt_tokens]
-    if not fitting:
-        raise InputError(f"{spec}: every prompt is longer than --max-prompt-tokens {args.max_prompt_tokens}")
-    if len(fitting) < len(problems):
-        print0(f"{spec}: dropped {len(problems) - len(fitting)} of {len(problems)} prompts, over --max-prompt-tokens")
-    return fitting
-
-
-def gumbel_max(logits: torch.Tensor, generators: list[torch.Generator], temperature: float) -> tuple:
-    """Tokens drawn from softmax(logits / temperature), and their log-probs, (batch,) each. logits: (batch, vocabulary).
-
-    argmax_v ln p_v + g_v draws from p, if g is Gumbel noise, here from one generator a row. Inverting the cumulative
-    distribution would need one uniform a row instead, but rounding, which differs from batch to batch, shifts all of
-    its edges; here a token rarely changes (tests/test_eval.py compares). Temperature 0 takes the most likely token.
+    1 - C(n - c, k) / C(n, k), where c of the n are right: unbiased (arXiv 2107.03374, Eq. 1).
+    scores: 0 or 1, (problems, n), n >= k.
     """
-    noise = torch.ones(logits.shape, dtype=torch.float64, device=logits.device)
-    if temperature > 0:
-        logits = logits / temperature
-        for row, generator in zip(noise, generators):
-            row.exponential_(generator=generator)  # if E is exponential, -ln E is Gumbel
-    tokens = (logits.double() - noise.log()).argmax(dim=1)
-    return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    n = scores.shape[1]
+    num_right = scores.sum(axis=1).astype(int)
+    return np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in num_right.tolist()])
 
 
-class HfSampler:
-    """transformers' `generate` with its key-value cache, made reproducible sample by sample."""
+def majority_scores(answers: list[list[str]], scores: np.ndarray, grader) -> np.ndarray:
+    """maj@k of each problem, (problems,): the score of the answer that most of its samples give.
 
-    def __init__(self, model, tokenizer, args):
-        self.model, self.tokenizer, self.ends = model, tokenizer, model.generation_config.eos_token_id
-        self.max_tokens, self.batch_size = args.max_response_tokens, args.sampler_batch_size
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list[tuple]:
-        """(response ids, their log-probs, finished) for each prompt and seed."""
-        batches = [slice(start, start + self.batch_size) for start in range(0, len(prompts), self.batch_size)]
-        return [sample for rows in batches for sample in self._generate(prompts[rows], seeds[rows], temperature)]
-
-    def _generate(self, prompts: list[list[int]], seeds: list[int], temperature: float):
-        device, drawn = self.model.device, []
-        batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-        def draw_token(_, logits: torch.Tensor) -> torch.Tensor:  # greedy decoding then takes the one that was drawn
-            drawn.append(gumbel_max(logits, generators, temperature))
-            return torch.zeros_like(logits).scatter(1, drawn[-1][0][:, None], 1.0)
-
-        self.model.eval()  # gradient checkpointing would switch the cache off
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            self.model.generate(**batch, max_new_tokens=self.max_tokens, do_sample=False, logits_processor=[draw_token])
-        for ids, logprobs in zip(*(torch.stack(column, dim=1).tolist() for column in zip(*drawn))):
-            end = next((t for t, token in enumerate(ids, start=1) if token in self.ends), None)
-            yield np.array(ids[:end], np.int32), np.array(logprobs[:end], np.float32), end is not None
-
-
-class VllmSampler:
-    """One vLLM engine a rank, in the trainer's process, which takes the trainer's weights anew for every call.
-
-    On a CPU each sample has a seed of its own. On CUDA that would leave vLLM's fast sampling kernel, for nothing, since
-    rounding depends on the batch there anyway: an engine has one seed, that of its rank.
+    answers: k a problem, "" for none, which is no vote. scores: (problems, k). Two answers are
+    the same if the grader says so; of two with as many votes, the first counts.
     """
-
-    def __init__(self, model, tokenizer, args):
-        self.model, self.tokenizer, self.ends = model, tokenizer, model.generation_config.eos_token_id
-        self.max_tokens, self.cuda = args.max_response_tokens, model.device.type == "cuda"
-        os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        import vllm._custom_ops  # here: slow to import, and not needed for the hf sampler
-
-        torch.cuda.empty_cache()
-        special = {"dtype": "bfloat16", "gpu_memory_utilization": args.vllm_memory, "enable_sleep_mode": True}
-        if not self.cuda:  # sleep() and wake_up() do nothing there
-            vllm._custom_ops._supports_onednn = False  # it packs weights, which could then not be loaded again
-            torch._dynamo.config.disable = True  # vLLM would call a C++ compiler, for longer than a short run takes
-            special = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
-        self.llm = vllm.LLM(
-            args.model, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm",
-            distributed_executor_backend="external_launcher", seed=args.seed * dist.get_world_size() + dist.get_rank(),
-            max_model_len=args.max_prompt_tokens + args.max_response_tokens, max_num_seqs=args.sampler_batch_size,
-            logprobs_mode="processed_logprobs", **special)  # at the temperature, as the trainer has them
-        atexit.register(self.llm.llm_engine.engine_core.shutdown)  # before the process group, which it uses
-        self.llm.sleep(level=2)  # till the next call: the trainer gets the memory, weights and cache are not kept
-
-    def sync(self) -> None:
-        """Load the trainer's weights, and forget the keys and values that others left in the prefix cache."""
-        self.llm.wake_up(tags=["weights"])
-        self.llm.apply_model(lambda engine: engine.load_weights(self.model.named_parameters()))
-        self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()
-
-    def __call__(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list[tuple]:
-        """As HfSampler's. The prefix cache spares the engine all but the first reading of a prompt."""
-        from vllm import SamplingParams
-
-        self.sync()
-        requests = self.llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts],
-            [SamplingParams(temperature=temperature, seed=None if self.cuda else seed // 2, max_tokens=self.max_tokens,
-                            stop_token_ids=self.ends, ignore_eos=True, logprobs=0, detokenize=False)
-             for seed in seeds], use_tqdm=False)
-        self.llm.sleep(level=2)
-        return [(np.array(o.token_ids, np.int32),
-                 np.array([entry[token].logprob for token, entry in zip(o.token_ids, o.logprobs)], np.float32),
-                 o.finish_reason == "stop") for o in (request.outputs[0] for request in requests)]
+    pairs = []  # (problem, one sample, another sample)
+    for i, group in enumerate(answers):
+        voters = [j for j, answer in enumerate(group) if answer]
+        pairs += [(i, one, other) for one, other in combinations(voters, 2)]
+    # Sorted, so that each pair of texts is judged once, in one direction.
+    texts = [sorted((answers[i][one], answers[i][other])) for i, one, other in pairs]
+    grades = grader([f"\\boxed{{{text}}}" for text, _ in texts], [text for _, text in texts])
+    votes = np.array([[float(answer != "") for answer in group] for group in answers])
+    for (i, one, other), (agree, _) in zip(pairs, grades):
+        votes[i, one] += agree
+        votes[i, other] += agree
+    return scores[np.arange(len(scores)), votes.argmax(axis=1)]
 
 
-def make_sampler(model, tokenizer, args):
-    """The sampler that --sampler names; raises InputError if there is no vLLM, or it cannot start."""
-    auto = VllmSampler if importlib.util.find_spec("vllm") and model.device.type == "cuda" else HfSampler
-    try:
-        return {"hf": HfSampler, "vllm": VllmSampler, "auto": auto}[args.sampler](model, tokenizer, args)
-    except (ImportError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--sampler {args.sampler}: {reason}; see GPU nodes in README, or use --sampler hf") from error
-
-
-def draw(sampler, grader, problems: list[Problem], counts, key: tuple[int, ...], temperature: float,
-         first=0) -> list[Sample]:
-    """Draw counts[i] graded samples of problems[i], numbered from `first` (or first[i]); the same list on every rank.
-
-    key: (seed, purpose, step). The samples, in the order of problems, are cut into one equal part a rank; the gathered
-    order is therefore the same whatever the number of ranks.
-    """
-    firsts = np.broadcast_to(first, len(problems)).tolist()
-    wanted = [(p, start + j) for p, start, count in zip(problems, firsts, counts) for j in range(count)]
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = wanted[len(wanted) * rank // ranks : len(wanted) * (rank + 1) // ranks]
-    streams = [np.random.SeedSequence((*key, problem.id, index)) for problem, index in mine]
-    seeds = [int(stream.generate_state(1, np.uint64)[0]) for stream in streams]
-    responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature)
-    texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, *_ in responses]
-    grades = grader(texts, [problem.answer for problem, _ in mine])
-    return gather([
-        Sample(problem.id, index, problem.prompt_ids, ids, finished, score, failed, text, logprobs)
-        for (problem, index), text, (ids, logprobs, finished), (score, failed) in zip(mine, texts, responses, grades)
-    ])
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean over problems and its standard error, 0 for a single problem; values: (problems,)."""
+    if len(values) == 1:
+        return float(values[0]), 0.0
+    return values.mean().item(), values.std(ddof=1).item() / math.sqrt(len(values))
 
 
 def summarise(rows: list[dict], grader) -> dict[str, tuple[float, float]]:
-    """Figures from a benchmark's rows (data.as_rows), k of each problem in turn: means over problems, standard errors.
-
-    avg@k, pass@2, pass@4, ..., pass@k, and maj@k, the score of the answer that most samples agree with (so says the
-    grader; no answer is no vote), of several the first. Of the responses: tokens, and shares of what went wrong.
-    """
-    k = len(rows) // len({row["problem"] for row in rows})
-    right = np.reshape([row["score"] for row in rows], (-1, k))  # (problems, k)
+    """(mean, standard error) over problems of each metric; rows: k of each problem in turn."""
+    num_problems = len({row["problem"] for row in rows})
+    k = len(rows) // num_problems
+    scores = np.reshape([row["score"] for row in rows], (num_problems, k))
     answers = [row["answer"] or "" for row in rows]
-    pairs = [sorted((one, other)) for i, one in enumerate(answers) for other in answers[i - i % k :][:k]]
-    agree = grader([f"\\boxed{{{one}}}" for one, _ in pairs], [other for _, other in pairs])
-    votes = np.reshape([score * bool(one) for (score, _), (one, _) in zip(agree, pairs)], (-1, k, k)).sum(axis=2)
-    passed = {f"pass@{j}": pass_at_k(right, j) for j in sorted({k} | {2**i for i in range(1, k.bit_length())})}
-    figures = {f"avg@{k}": right, **passed, f"maj@{k}": right[np.arange(len(right)), votes.argmax(axis=1)],
-               "response_tokens": [row["tokens"] for row in rows], "no_answer": [not answer for answer in answers],
-               "truncated": [row["finish_reason"] == "length" for row in rows],
-               "grader_failures": [row["grader_failed"] for row in rows]}
-    means = {name: np.reshape(values, (len(right), -1)).mean(axis=1) for name, values in figures.items()}  # (problems,)
-    return {name: (v.mean().item(), v.std(ddof=min(len(v) - 1, 1)).item() / len(v) ** 0.5) for name, v in means.items()}
+    groups = [answers[start : start + k] for start in range(0, len(answers), k)]
+    metrics = {f"avg@{k}": scores}  # (problems,) or (problems, k) each
+    for j in sorted({k} | {2**i for i in range(1, k.bit_length())}):  # 2, 4, 8, ..., and k
+        metrics[f"pass@{j}"] = pass_at_k(scores, j)
+    metrics[f"maj@{k}"] = majority_scores(groups, scores, grader)
+    metrics["response_tokens"] = [row["tokens"] for row in rows]
+    metrics["no_answer"] = [not answer for answer in answers]
+    metrics["truncated"] = [row["finish_reason"] == "length" for row in rows]
+    metrics["grader_failures"] = [row["grader_failed"] for row in rows]
+    per_problem = {name: np.reshape(x, (num_problems, -1)) for name, x in metrics.items()}
+    return {name: mean_and_error(x.mean(axis=1)) for name, x in per_problem.items()}
 
 
-def evaluate(sampler, grader, problems: list[Problem], args) -> dict:
-    """The means of `summarise` over --eval-samples samples a problem, as figures for the log.
+def add_report_flags(parser: argparse.ArgumentParser) -> None:
+    """When and how training evaluates."""
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-data", default=str(TOY / "eval.jsonl"), help="given like --data")
+    add("--eval-split", default="test", help="given like --split")
+    add("--eval-every", type=positive_int, default=5, help="steps; first and last are always run")
+    add("--eval-samples", type=positive_int, default=4, help="k of avg@k; the paper: 8")
+    add("--eval-temperature", type=non_negative, default=1.0, help="0: the most likely token")
 
-    The same noise is used at every call, so that two evaluations of a run differ by the model alone.
+
+def evaluate(sampler, grader, problems: list[Problem], args: argparse.Namespace) -> dict:
+    """The means of `summarise` over --eval-samples samples a problem, for the log.
+
+    The same noise is used at every call: two evaluations of a run differ by the model alone.
     """
-    k, key = args.eval_samples, (args.seed, EVALUATION, 0)
-    drawn = draw(sampler, grader, problems, np.full(len(problems), k), key, args.eval_temperature)
-    figures = {name: mean for name, (mean, _) in summarise(as_rows(drawn, problems), grader).items()}
-    return {"eval_accuracy": figures.pop(f"avg@{k}")} | {f"eval_{name}": mean for name, mean in figures.items()}
+    k = args.eval_samples
+    counts, key = np.full(len(problems), k), (args.seed, EVALUATION, 0)
+    samples = draw(sampler, grader, problems, counts, seed_key=key,
+                   temperature=args.eval_temperature)
+    means = {name: m for name, (m, _) in summarise(as_rows(samples, problems), grader).items()}
+    accuracy = means.pop(f"avg@{k}")
+    return {"eval_accuracy": accuracy} | {f"eval_{name}": mean for name, mean in means.items()}
 
 
-if __name__ == "__main__":  # the command: its flags, files and tables
-    sys.path.append(os.path.join(HERE, "figures"))
-    importlib.import_module("evaluate").command()
+# --- the command ---------------------------------------------------------------------------
+
+GRADER = f"math-verify {importlib.metadata.version('math-verify')}"
+PROTOCOL = "protocol.json"
+NEEDED = {"problem", "index", "response", "reference", "score", "finish_reason", "tokens"}
+
+
+def add_command_flags(parser: argparse.ArgumentParser) -> None:
+    """What is evaluated, and where it is kept; with the paper's protocol as defaults."""
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--data", default=None,
+        help=f"benchmarks, with commas between them: {', '.join(BENCHMARKS)}, or files, or hub "
+        "data sets name[:config[:split]]")
+    add("--samples", type=positive_int, default=8, help="k, the samples a problem")
+    add("--limit", type=positive_int, default=None,
+        help="use the first problems of each benchmark only")
+    add("--out", default=None,
+        help="folder of the evaluation; default: runs/eval-MODEL, and none with --rescore")
+    add("--resume", action="store_true",
+        help="draw only what --out does not hold yet; start if it holds nothing")
+    add("--rescore", metavar="FILE", default=None,
+        help="grade the samples of FILE, a NAME.jsonl, anew: no model is needed")
+    parser.set_defaults(max_prompt_tokens=1024, max_response_tokens=3072)
+
+
+def describe_protocol(args: argparse.Namespace, model, sampler) -> dict:
+    """What one has to know to repeat the figures; only figures of one protocol compare."""
+    flags = ("model", "samples", "temperature", "max_prompt_tokens", "max_response_tokens")
+    prompt_ids = encode_prompt(sampler.tokenizer, Problem(0, "What is 1 + 1?", "2"))
+    weights = hashlib.sha256()
+    for parameter in model.parameters():  # the first entries of each are enough to tell models
+        weights.update(parameter.detach().flatten()[:64].cpu().numpy().tobytes())
+    config = cached_file(args.model, "config.json")
+    commit = re.search(r"/snapshots/(\w+)/", config)  # as the hub's cache lays it out
+    return {
+        **{name: getattr(args, name) for name in (*flags, "seed", "limit")},
+        "system_prompt": SYSTEM_PROMPT,
+        "template": hashlib.sha256(str(prompt_ids).encode()).hexdigest()[:12],
+        "revision": commit.group(1) if commit else None,  # none: the model is a folder
+        "weights": weights.hexdigest()[:12],
+        "sampler": type(sampler).__name__,
+        "grader": GRADER,
+    }
+
+
+def start_folder(out: Path, protocol: dict, names: list[str]) -> None:
+    """Write protocol.json, or compare with it; cut lines that a killed process left unfinished."""
+    record = out / PROTOCOL
+    if record.exists():
+        before = json.loads(record.read_text())
+        changed = [name for name in protocol if protocol[name] != before.get(name)]
+        if changed:
+            raise InputError(
+                f"--out {out}: was made with another {', '.join(changed)}; choose another --out"
+            )
+    record.write_text(json.dumps(protocol, indent=1))
+    for path in (out / f"{name}.jsonl" for name in names):
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def draw_benchmark(path: Path, problems: list[Problem], sampler, grader, args) -> list[dict]:
+    """--samples rows a problem, in order: those that `path` holds, and new ones, appended to it."""
+    rows = read_rows(path) if path.exists() else []
+    references = {problem.id: problem.answer for problem in problems}
+    if any(references.get(row["problem"]) != row["reference"] for row in rows):
+        raise InputError(f"--resume: {path} holds answers to other problems; choose another --out")
+    held = Counter(row["problem"] for row in rows)
+    left = [problem for problem in problems if held[problem.id] < args.samples]
+    # So many problems are drawn before they are saved.
+    at_once = max(dist.get_world_size() * args.sampler_batch_size // args.samples, 1)
+    bar = tqdm(desc=path.stem, total=len(problems) * args.samples, initial=len(rows), unit="sample",
+               disable=dist.get_rank() > 0)
+    for start in range(0, len(left), at_once):
+        part = left[start : start + at_once]
+        first = np.array([held[problem.id] for problem in part])
+        samples = draw(sampler, grader, part, counts=args.samples - first, first_index=first,
+                       seed_key=(args.seed, EVALUATION, 0), temperature=args.temperature)
+        on_rank0(append_rows, path, as_rows(samples, part))
+        rows += as_rows(samples, part)
+        bar.update(len(samples))
+    bar.close()
+    return sorted(rows, key=lambda row: (row["problem"], row["index"]))
+
+
+def draw_all(args: argparse.Namespace, out: Path, grader, device) -> tuple[dict, dict]:
+    """(protocol, rows by benchmark) of all that --data names."""
+    specs = {Path(spec).stem: spec for spec in args.data.split(",")}
+    if len(specs) < len(args.data.split(",")):
+        raise InputError(f"--data {args.data}: two names end alike, and would be one file; rename")
+    model, tokenizer = load_model(args, device)
+    problems = {}
+    for name, spec in specs.items():
+        problems[name] = load_prompts(spec, "test", tokenizer, args, args.limit)
+    sampler = make_sampler(model, tokenizer, args)
+    protocol = describe_protocol(args, model, sampler)
+    on_rank0(start_folder, out, protocol, list(specs))
+    rows = {}
+    for name in specs:
+        rows[name] = draw_benchmark(out / f"{name}.jsonl", problems[name], sampler, grader, args)
+    return protocol, rows
+
+
+def rescore(path: Path, out: Path | None, grader) -> tuple[dict, dict]:
+    """(protocol, rows by benchmark) of the samples in `path`, graded anew; kept in `out` if set."""
+    rows = read_rows(path)
+    if not rows or not all(isinstance(row, dict) and NEEDED <= row.keys() for row in rows):
+        raise InputError(f"--rescore {path}: holds no samples; give a NAME.jsonl of eval.py")
+    if len(set(Counter(row["problem"] for row in rows).values())) > 1:
+        raise InputError(
+            f"--rescore {path}: problems differ in their number of samples; --resume it first"
+        )
+    rows.sort(key=lambda row: (row["problem"], row["index"]))
+    scores = [row["score"] for row in rows]
+    grades = grader([row["response"] for row in rows], [row["reference"] for row in rows])
+    for row, (score, failed) in zip(rows, grades):
+        row |= {"answer": extract_boxed(row["response"]), "score": score, "grader_failed": failed}
+    changed = sum(row["score"] != before for row, before in zip(rows, scores))
+    print0(f"{path}: {changed} of {len(rows)} scores differ from the saved ones, with {GRADER}")
+    record = path.parent / PROTOCOL
+    protocol = json.loads(record.read_text()) if record.exists() else {}
+    protocol["grader"] = GRADER
+    if out:
+        on_rank0(start_folder, out, protocol, [])
+        on_rank0(append_rows, out / path.name, rows)
+    return protocol, {path.stem: rows}
+
+
+def as_table(results: dict[str, dict]) -> str:
+    """Markdown, a line a benchmark: mean ± standard error of each metric."""
+    lines = [["benchmark", *next(iter(results.values()))]]
+    lines.append(["---"] * len(lines[0]))
+    for name, result in results.items():
+        num_problems, *metrics = result.values()
+        shown = [f"{m['mean']:.4g} ± {m['standard_error']:.2g}" for m in metrics]
+        lines.append([name, str(num_problems), *shown])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv=None) -> None:
+    """Draw, or grade anew; save samples and figures; print protocol and table."""
+    args = parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_command_flags)
+    if bool(args.data) == bool(args.rescore) or (args.rescore and args.resume):
+        raise InputError("give either --data, to draw samples, or --rescore FILE (see --help)")
+    device = join_ranks()
+    folder = args.out or (f"runs/eval-{Path(args.model).name}" if args.data else None)
+    out = Path(folder) if folder else None
+    lock = claim_folder(out, PROTOCOL, args.resume) if out else nullcontext()
+    with lock, Grader() as grader:
+        if args.rescore:
+            protocol, rows = rescore(Path(args.rescore), out, grader)
+        else:
+            protocol, rows = draw_all(args, out, grader, device)
+        results = {}
+        for name, benchmark_rows in rows.items():
+            results[name] = {"problems": len({row["problem"] for row in benchmark_rows})}
+            for metric, (mean, error) in summarise(benchmark_rows, grader).items():
+                results[name][metric] = {"mean": mean, "standard_error": error}
+        if out:
+            summary = json.dumps({"protocol": protocol, "results": results}, indent=1)
+            on_rank0((out / "summary.json").write_text, summary)
+    print0("\n".join(f"{name}: {value}" for name, value in protocol.items()))
+    print0(f"\n{as_table(results)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

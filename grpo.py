@@ -5,57 +5,78 @@
     torchrun grpo.py --advantage loo                      # unbiased, also with unequal group sizes
     torchrun --nproc-per-node 8 grpo.py ...               # flags as for raft.py: see README.md
 
-Wrong samples are trained on as well. Each gets an advantage, its reward against those of the other samples of its
-prompt (its group): RAFT has 1 for right samples and drops the rest. The gradient is now that of the expected reward,
-whose variance is another function of p, so the allocator is `reward` (allocator.reward_weights).
+RAFT gives right samples the advantage 1 and drops the others. GRPO trains on all samples. The
+advantage of each is its reward against those of its group, the other samples of its prompt. The
+gradient is now that of the expected reward. Its variance is another function of p, so the
+allocator is `reward` (allocator.reward_weights).
 
-Unequal groups. GRPO's baseline is the group's own mean, which contains the sample itself. Its advantage is
-(n_i - 1) / n_i of the leave-one-out one, and so is its expected gradient: prompts with more samples count more, by up
-to a factor of 2 between n_i = 2 and infinity. `--advantage loo` has no such factor; with `grpo` and `dr` it comes on
-top of what `--weighting` does (raft.sample_weights). Pilot samples are members of the group like all others.
+Unequal groups. GRPO's baseline is the mean of the whole group, which contains the sample itself.
+That makes its advantage, and the expected gradient, (n_i - 1) / n_i of the leave-one-out one:
+prompts with more samples count more, by up to a factor of 2 between n_i = 2 and infinity. With
+`--advantage loo` there is no such factor.
 """
 
 import argparse
 
 import numpy as np
 
-import gvm
 import raft
-from data import Sample, parse
-from eval import add_flags, run
+import run
+from data import Sample
 
 
 def set_defaults(parser: argparse.ArgumentParser) -> None:
-    """The allocator that fits, and the clip range of PPO."""
-    parser.set_defaults(allocator="reward", clip_high=0.2)
+    """This script's objective, the allocation rule that fits it, and PPO's clip range."""
+    parser.set_defaults(objective="grpo", allocator="reward", clip_high=0.2)
+
+
+def grpo_advantage(rewards: np.ndarray) -> np.ndarray:
+    """(r - mean) / (std + 1e-6), DeepSeekMath's (arXiv 2402.03300); n - 1 in the std."""
+    return (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+
+
+def dr_advantage(rewards: np.ndarray) -> np.ndarray:
+    """r - mean (arXiv 2503.20783): the std favours prompts nearly always or never solved."""
+    return rewards - rewards.mean()
+
+
+def loo_advantage(rewards: np.ndarray) -> np.ndarray:
+    """r - mean of the n - 1 others = n / (n - 1) (r - mean) (arXiv 2402.14740)."""
+    n = len(rewards)
+    return (rewards - rewards.mean()) * (n / (n - 1))
+
+
+ADVANTAGES = {"grpo": grpo_advantage, "dr": dr_advantage, "loo": loo_advantage}  # --advantage
 
 
 def group_advantages(samples: list[Sample], kind: str) -> np.ndarray:
-    """Advantage A_j of each sample against its group: the samples of the same problem, in this step. (samples,)
+    """The advantage of each sample within its group, (samples,); one a prompt, the pilot included.
 
-    grpo: (r - mean) / (std + 1e-6), DeepSeekMath's (arXiv 2402.03300), std with n - 1 in its denominator.
-    dr:   r - mean (arXiv 2503.20783): no division, which favours prompts that are nearly always or never solved.
-    loo:  r - mean of the other n - 1 = n / (n - 1) (r - mean) (arXiv 2402.14740).
     A group of one, or of equal rewards, says nothing: 0.
     """
-    groups: dict[int, list[int]] = {}
+    groups: dict[int, list[int]] = {}  # by problem: indices into samples
     for j, sample in enumerate(samples):
         groups.setdefault(sample.problem, []).append(j)
-    rewards, advantages = np.array([sample.reward for sample in samples]), np.zeros(len(samples))
+    rewards = np.array([sample.reward for sample in samples])
+    advantages = np.zeros(len(samples))
     for rows in groups.values():
-        r, n = rewards[rows], len(rows)
-        if r.min() < r.max():
-            scale = {"grpo": 1 / (r.std(ddof=1) + 1e-6), "dr": 1.0, "loo": n / (n - 1)}[kind]
-            advantages[rows] = (r - r.mean()) * scale
+        if rewards[rows].min() < rewards[rows].max():
+            advantages[rows] = ADVANTAGES[kind](rewards[rows])
     return advantages
 
 
-def compare_groups(samples: list[Sample], prompts: int, args) -> tuple[np.ndarray, np.ndarray]:
-    """GRPO's objective: (advantages, weights), (samples,) each; all samples are used, right or wrong."""
-    used = np.ones(len(samples), dtype=bool)
-    return group_advantages(samples, args.advantage), raft.sample_weights(samples, used, prompts, args.weighting)
+def grpo_objective(samples: list[Sample], args) -> tuple[np.ndarray, np.ndarray]:
+    """(advantages, used), (samples,) each: all samples are used, right or wrong."""
+    return group_advantages(samples, args.advantage), np.ones(len(samples), dtype=bool)
+
+
+raft.OBJECTIVES["grpo"] = grpo_objective
+
+
+def main(argv=None) -> None:
+    """Parse the flags and train."""
+    raft.train(run.parse_flags(argv, __doc__, raft.add_flags, set_defaults))
 
 
 if __name__ == "__main__":
-    flags = (add_flags, gvm.add_flags, raft.add_flags, set_defaults)
-    run(lambda: raft.train(parse(__doc__, *flags), compare_groups, "reward"))
+    run.run_script(main)

@@ -1,299 +1,240 @@
-"""The E-step: a pilot tells each prompt's acceptance rate p and gradient norm G, and GVM spends the budget on them.
+"""The E-step: a pilot tells each prompt's p and G, and GVM spends the budget accordingly.
 
-`collect` is one step's sampling in training. Alone, this script writes the allocation table of a data set:
+    torchrun gvm.py --out table.jsonl                             # the toy, on a CPU
+    torchrun --nproc-per-node 8 gvm.py --model Qwen/Qwen2.5-Math-1.5B --data gsm8k --out t.jsonl
 
-    torchrun gvm.py --out table.jsonl                                                        # the toy, on a CPU
-    torchrun --nproc-per-node 8 gvm.py --model Qwen/Qwen2.5-Math-1.5B --data openai/gsm8k:main ... --out table.jsonl
+`draw_step` is what training calls in every step. Run alone, this script writes the allocation
+table of a data set: a line a problem, with what its samples told of it and how many it got.
 """
 
 import argparse
-import json
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 
-from allocator import allocate, estimate, gvm_weights, posterior_weights, reward_weights, variance_ratio
-from data import Grader, InputError, Problem, Sample, at_least, parse
-from eval import ORDER, TOY, TRAINING, draw, load_model, load_prompts, make_sampler
-from eval import add_flags as add_model_flags, gather, on_rank0, print0, run, setup
-
-HEAD_CHUNK = 512  # tokens whose logits, (tokens, vocabulary) in fp32, are held at once
+from allocator import allocate, estimator_variance, gvm_weights, posterior_weights, reward_weights
+from data import TOY, Grader, InputError, Problem, Sample
+from model import Policy, add_memory_flags, add_model_flags, fill_logprobs, load_model
+from run import append_rows, join_ranks, non_negative, number, on_rank0, parse_flags
+from run import positive_int, print0, run_script
+from sampler import TRAINING, add_sampler_flags, describe, draw, load_prompts, make_sampler
+from sampler import problems_of_step
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The problems and how the samples are spread over them."""
+def gvm_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
+    """Weights, (prompts,) as p, for the log-likelihood of right answers: Proposition 1."""
+    return gvm_weights(p, norm_right, args.alpha, args.beta)
+
+
+def reward_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
+    """Weights, (prompts,) as p, for the expected reward, divided by its std or not: for GRPO."""
+    return reward_weights(p, norm_right, norm_wrong, normalize_std=args.advantage == "grpo")
+
+
+RULES = {"gvm": gvm_rule, "reward": reward_rule}  # --allocator; "uniform" needs no rule
+
+
+def add_budget_flags(parser: argparse.ArgumentParser) -> None:
+    """The problems, and how samples are spread over them."""
     add = parser.add_argument_group("problems and budget").add_argument
-    add("--data", default=f"{TOY}/train.jsonl", help="problems: a file, or a hub data set, name[:config]")
-    add("--split", default="train", help="split of --data, if it is a hub data set")
-    add("--samples-per-prompt", type=at_least(1), default=8, help="the budget, on average; includes a reused pilot")
-    add("--allocator", choices=["uniform", "gvm", "reward"], default="gvm", help="equal counts; RAFT's rule; GRPO's")
-    add("--pilot-samples", type=at_least(1), default=2, help="N': samples of each prompt to estimate p and G from")
-    add("--rounds", type=at_least(1), default=3, help="parts in which the rest is spent, p and G renewed before each")
-    add("--e-step-every", type=at_least(1), default=1, help="steps that a pilot serves; above 1 it is not trained on")
-    add("--shrink", action=argparse.BooleanOptionalAction, default=True, help="weigh all p that the samples allow")
-    add("--cost", choices=["samples", "tokens"], default="samples", help="of which no more than an even split takes")
-    add("--alpha", type=at_least(0.0), default=0.01, help="Eq. 7: weight of the penalty on prompts of small p")
-    add("--beta", type=at_least(2.0), default=2.0, help="Eq. 7: its power")
-    add("--weighting", choices=["prompt", "token", "sequence"], default="prompt", help="see raft.sample_weights")
-    add("--advantage", choices=["grpo", "dr", "loo"], default="grpo", help="of grpo.py, and for --allocator reward")
-    add("--tokens-per-micro-batch", type=at_least(1), default=16384, help="padded tokens at once; a memory flag")
+    add("--data", default=str(TOY / "train.jsonl"),
+        help="a file, a benchmark's name, or a hub data set name[:config[:split]]")
+    add("--split", default="train", help="split of --data, if it is a hub data set that names none")
+    add("--samples-per-prompt", type=positive_int, default=8,
+        help="the budget, on average over prompts; it includes a pilot that is trained on")
+    add("--allocator", choices=["uniform", *RULES], default="gvm",
+        help="uniform: equal counts; gvm: the paper's rule, for RAFT; reward: for GRPO")
+    add("--pilot-samples", type=positive_int, default=2,
+        help="N', samples of each prompt to estimate p and G from; the paper: 8 or 32")
+    add("--rounds", type=positive_int, default=3,
+        help="parts in which the rest is spent, p and G estimated anew before each; the paper: 1")
+    add("--e-step-every", type=positive_int, default=1,
+        help="steps that a pilot serves; above 1 it only informs, beside the budget; the paper: 9")
+    add("--shrink", action=argparse.BooleanOptionalAction, default=True,
+        help="average over all p that the samples allow; the paper takes right/drawn: --no-shrink")
+    add("--cost", choices=["samples", "tokens"], default="samples", help="what the budget counts")
+    add("--alpha", type=non_negative, default=0.01,
+        help="Eq. 7: more of it spends less on prompts that are hardly solved; the paper: 0.001")
+    add("--beta", type=number(float, low=2), default=2.0, help="Eq. 7: the power of p")
+    add("--weighting", choices=["prompt", "token", "sequence"], default="prompt",
+        help="what a sample weighs in the loss: see raft.loss_weights")
+    add("--advantage", choices=["grpo", "dr", "loo"], default="grpo", help="see grpo.py")
 
 
-def check_budget(args, fitting: str) -> None:
-    """Raise InputError for a budget without room for its pilot or its rounds; warn of an allocator not `fitting`."""
+def check_budget(args: argparse.Namespace, objective: str | None = None) -> None:
+    """InputError for a budget without room for pilot or rounds; warns of a rule that misfits."""
     if args.allocator == "uniform":
         return
     if args.e_step_every == 1 and args.samples_per_prompt < args.pilot_samples:
-        raise InputError("--samples-per-prompt is below --pilot-samples, which it includes: raise it, or lower those")
+        raise InputError("--samples-per-prompt is below --pilot-samples, which it includes")
     if args.e_step_every > 1 and args.rounds > 1:
-        raise InputError("--e-step-every above 1 spends the budget step by step, not in rounds: add --rounds 1")
+        raise InputError("--e-step-every above 1 does not spend in rounds: add --rounds 1")
+    fitting = {"raft": "gvm", "grpo": "reward"}.get(objective, args.allocator)
     if args.allocator != fitting:
-        print0(f"warning: --allocator {args.allocator} fits another gradient estimator; here {fitting} does")
+        print0(f"warning: --allocator {args.allocator} fits another gradient estimator; "
+               f"here {fitting} does")
 
 
-class Policy(nn.Module):
-    """A transformers causal LM that scores responses: pi(y | x) = softmax(W h / T), W the output head, T temperature.
+def estimate(samples: list[Sample], problems: list[Problem], weighting: str) -> dict:
+    """What samples say of their problems: a table, (problems,) a column.
 
-    Raises InputError for a model whose logits are not W h: scaled, soft-capped, or from a head that is not linear.
+    norm_right, norm_wrong: root mean squares over right and over wrong samples, 0 without any, as
+    in the derivation (Algorithm 2 writes the mean). mean_length: of the responses, in tokens.
     """
+    position = {problem.id: i for i, problem in enumerate(problems)}
+    owners = np.array([position[sample.problem] for sample in samples])  # (samples,), as the next
+    is_right = np.array([sample.reward > 0 for sample in samples])
+    lengths = np.array([len(sample.response_ids) for sample in samples])
+    norms = np.array([sample.grad_norm for sample in samples])
+    if weighting == "sequence":  # divides a response's loss, and so its gradient, by its length
+        norms = norms / lengths
 
-    def __init__(self, model, temperature: float = 1.0, gradient_checkpointing: bool = False):
-        super().__init__()
-        self.model, self.temperature = model, temperature
-        for module in model.modules():  # the samples came from the model without dropout
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
-        self._refuse_modified_logits()
-        if gradient_checkpointing:  # the reentrant kind crashes DDP
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+    def total(values: np.ndarray) -> np.ndarray:
+        """(samples,) to (problems,)"""
+        return np.bincount(owners, values, minlength=len(problems))
 
-    def forward(self, input_ids, attention_mask, response_mask, norms: bool = False):
-        """Log-probs of the response tokens, row after row, (response tokens,), and norms (batch,) or None.
-
-        input_ids, attention_mask, response_mask: (batch, time), padded on the right. With `norms`, also
-        ||grad_W -sum_t ln pi(y_t)|| of each row, from the same forward pass, and the log-probs carry no gradient.
-        """
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
-            output = self.model.base_model(input_ids, attention_mask=attention_mask, use_cache=False)
-            predicted = response_mask[:, 1:]  # position t predicts token t + 1
-            hidden = output.last_hidden_state[:, :-1][predicted]  # (tokens, hidden)
-            tokens = input_ids[:, 1:][predicted]  # (tokens,)
-            if norms:
-                lengths = predicted.sum(dim=1).tolist()
-                rows = [self._row(h, y) for h, y in zip(hidden.split(lengths), tokens.split(lengths))]
-                return torch.cat([logprobs for logprobs, _ in rows]), torch.stack([norm for _, norm in rows])
-            # Logits are recomputed in the backward pass, chunk by chunk, instead of kept.
-            chunks = zip(hidden.split(HEAD_CHUNK), tokens.split(HEAD_CHUNK))
-            return torch.cat([checkpoint(self._logprobs, h, y, use_reentrant=False) for h, y in chunks]), None
-
-    def _log_softmax(self, hidden):  # (tokens, hidden) to (tokens, vocabulary)
-        return torch.log_softmax(self.model.get_output_embeddings()(hidden).float() / self.temperature, dim=-1)
-
-    def _logprobs(self, hidden, tokens):
-        return self._log_softmax(hidden).gather(1, tokens[:, None]).squeeze(1)
-
-    @torch.no_grad()
-    def _row(self, hidden, tokens):
-        """(log-probs, gradient norm) of one response, without a backward pass.
-
-        With the hidden states h_t held fixed, grad_W -sum_t ln pi(y_t) = sum_t delta_t h_t^T / T, where
-        delta_t = softmax_t - onehot(y_t). The sum is exact for the head; a tied embedding's input path is left out.
-        """
-        gradient, logprobs = 0.0, []  # (vocabulary, hidden)
-        for h, y in zip(hidden.split(HEAD_CHUNK), tokens.split(HEAD_CHUNK)):
-            log_softmax = self._log_softmax(h)
-            logprobs.append(log_softmax.gather(1, y[:, None]).squeeze(1))
-            delta = log_softmax.exp_()
-            delta[torch.arange(len(y), device=y.device), y] -= 1
-            gradient = gradient + (delta.T @ h.to(delta.dtype)).float()
-        return torch.cat(logprobs), torch.linalg.norm(gradient) / self.temperature
-
-    @torch.no_grad()
-    def _refuse_modified_logits(self) -> None:
-        """Compare the model's logits with W h, with W blown up so that a soft cap cannot hide."""
-        head, ids = self.model.get_output_embeddings(), torch.arange(4, device=self.model.device)[None]
-        same = isinstance(head, nn.Linear)
-        if same:
-            head.weight.mul_(1024)  # a power of two: dividing by it restores every bit
-            plain = head(self.model.base_model(input_ids=ids).last_hidden_state)
-            same = torch.allclose(self.model(input_ids=ids).logits, plain, rtol=1e-3)
-            head.weight.div_(1024)
-        if not same:
-            name = type(self.model).__name__
-            raise InputError(f"--model: {name} scales or caps its logits, or has no linear head: choose another model")
+    num_drawn, num_right = total(np.ones(len(samples))), total(is_right)
+    return {
+        "id": np.array(list(position)),
+        "num_right": num_right.astype(int),
+        "num_drawn": num_drawn.astype(int),
+        "norm_right": np.sqrt(total(norms**2 * is_right) / np.maximum(num_right, 1)),
+        "norm_wrong": np.sqrt(total(norms**2 * ~is_right) / np.maximum(num_drawn - num_right, 1)),
+        "mean_length": total(lengths) / np.maximum(num_drawn, 1),
+    }
 
 
-def deal(samples: list, rank: int, ranks: int, tokens: int) -> list[list[int]]:
-    """This rank's micro-batches, as indices: dealt by length, so that ranks have equal work and rows little padding.
+def allocation_weights(table: dict, args: argparse.Namespace) -> np.ndarray:
+    """The weights that --allocator's rule gives to the problems of a table, (problems,)."""
+    rule = partial(RULES[args.allocator], args=args)
+    norms = table["norm_right"], table["norm_wrong"]
+    if args.shrink:
+        return posterior_weights(rule, table["num_right"], table["num_drawn"], *norms)
+    return rule(table["num_right"] / table["num_drawn"], *norms)
 
-    samples: anything with a length in tokens. A micro-batch is padded to its longest row, its first, and holds at most
-    `tokens` tokens, or one row.
+
+def plan_round(table: dict, reused: np.ndarray, rounds_left: int, args) -> np.ndarray:
+    """How many samples each problem shall have after this round, (problems,).
+
+    reused: how many of those it has, (problems,). A round spends an equal part of what is left of
+    the budget. With --cost tokens, a sample costs the mean response tokens of its problem.
     """
-    mine, batches = sorted(range(len(samples)), key=lambda i: -len(samples[i]))[rank::ranks], []
-    while mine:
-        rows = max(tokens // len(samples[mine[0]]), 1)
-        batches.append(mine[:rows])
-        mine = mine[rows:]
-    return batches
+    prices = table["mean_length"] if args.cost == "tokens" else np.ones(len(reused))
+    spent = prices @ reused
+    left = max(args.samples_per_prompt * prices.sum() - spent, 0)
+    budget = spent + left / rounds_left
+    return allocate(table["weights"], budget, min_samples=reused, prices=prices)
 
 
-def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
-    """Policy's inputs for these samples: input_ids, attention_mask, response_mask, each (batch, time)."""
-    rows = [torch.from_numpy(np.concatenate([s.prompt_ids, s.response_ids])).long() for s in samples]
-    response = [torch.arange(len(row)) >= len(s.prompt_ids) for row, s in zip(rows, samples)]
-    columns = {"input_ids": rows, "attention_mask": [torch.ones_like(row) for row in rows], "response_mask": response}
-    return {name: pad_sequence(column, batch_first=True).to(device) for name, column in columns.items()}
+def e_step(problems: list[Problem], draw_more, score, args) -> tuple[dict, list[Sample]]:
+    """Algorithm 2: draw a pilot; then estimate, allocate and draw, --rounds times.
 
-
-@torch.no_grad()
-def score(policy: Policy, samples: list[Sample], tokens: int, norms: bool = False, into="old_logprobs") -> None:
-    """Fill in each sample's log-probs under `policy`, `tokens` at a time; and grad_norm on request. Shared by ranks."""
-    scored = []
-    for rows in deal(samples, dist.get_rank(), dist.get_world_size(), tokens):
-        batch = [samples[i] for i in rows]
-        logprobs, grad_norms = policy(**collate(batch, policy.model.device), norms=norms)
-        logprobs = logprobs.cpu().split([len(sample.response_ids) for sample in batch])
-        grad_norms = grad_norms.tolist() if norms else [sample.grad_norm for sample in batch]
-        scored += [(i, values.numpy().copy(), norm) for i, values, norm in zip(rows, logprobs, grad_norms)]
-    for i, values, norm in gather(scored):
-        setattr(samples[i], into, values)
-        samples[i].grad_norm = norm
-
-
-def weight_rule(args):
-    """The rule that --allocator names: a function from (p, G+, G-) to weights, as allocator.posterior_weights wants."""
-    if args.allocator == "gvm":
-        return lambda p, right, wrong: gvm_weights(p, right, args.alpha, args.beta)
-    return partial(reward_weights, normalize_std=args.advantage == "grpo")
-
-
-def e_step(draw_more, problems: list[Problem], args) -> tuple[dict, list[Sample]]:
-    """Algorithm 2: N' pilot samples a prompt, what they tell of p and G, the allocation; over again with --rounds.
-
-    draw_more: from counts and the index of each problem's first sample, (problems,) each, to graded samples with norms,
-    problem by problem (a window of steps that begins a new epoch may hold one twice). Returns the samples drawn, and a
-    table, (problems,) a column: those of allocator.estimate, "weights", and "counts", the samples in all. Of --rounds R
-    the last part is left to the caller. --cost tokens counts a sample by the mean response tokens of its problem.
+    draw_more(problems, counts, first_index): graded samples. score(samples): fills in their
+    old_logprobs and grad_norm. Returns the table that the last round was planned with, that of
+    `estimate` with "weights" and "counts", the samples of each problem in all; and the samples.
+    With --e-step-every above 1 there is only the pilot, and "counts" comes on top of it.
     """
-    rule, everyone, drawn = weight_rule(args), np.arange(len(problems)), np.full(len(problems), args.pilot_samples)
-    samples, owners = draw_more(drawn, 0), np.repeat(everyone, drawn)
+    reuse = args.e_step_every == 1
+    counts = np.full(len(problems), args.pilot_samples)
+    samples = draw_more(problems, counts, first_index=0)
     for rounds_left in range(args.rounds, 0, -1):
-        lengths = np.array([len(sample.response_ids) for sample in samples])
-        # `sequence` weights divide the loss of a response, and so its gradient, by its length.
-        norms = np.array([s.grad_norm for s in samples]) / (lengths if args.weighting == "sequence" else 1)
-        table = estimate(owners, [s.reward > 0 for s in samples], norms, lengths, len(problems))
-        right, kinds = table["right"], (table["grad_norms_right"], table["grad_norms_wrong"])
-        table["weights"] = posterior_weights(rule, right, drawn, *kinds) if args.shrink else rule(right / drawn, *kinds)
-        prices = table["tokens"] if args.cost == "tokens" else np.ones(len(problems))
-        reused = drawn if args.e_step_every == 1 else np.zeros_like(drawn)
-        spent = prices @ reused
-        share = max(args.samples_per_prompt * prices.sum() - spent, 0) / rounds_left
-        table["counts"] = allocate(table["weights"], spent + share, reused, prices=prices)
-        if rounds_left > 1:
-            samples += draw_more(table["counts"] - drawn, drawn)
-            owners = np.concatenate([owners, np.repeat(everyone, table["counts"] - drawn)])
-            drawn = table["counts"]
+        score([sample for sample in samples if sample.old_logprobs is None])
+        table = estimate(samples, problems, args.weighting)
+        table["weights"] = allocation_weights(table, args)
+        table["counts"] = plan_round(table, counts if reuse else 0 * counts, rounds_left, args)
+        if reuse:
+            samples += draw_more(problems, table["counts"] - counts, first_index=counts)
+            counts = table["counts"]
     return table, samples
 
 
-def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
-    """The problems of step 1, 2, ..., in random order, a function of --seed and the step alone.
+def e_step_tools(policy: Policy, sampler, grader, step: int, args) -> tuple:
+    """(draw_more, score), as `e_step` wants them, for samples to train on in this step."""
+    key, tokens = (args.seed, TRAINING, step), args.tokens_per_micro_batch
+    draw_more = partial(draw, sampler, grader, seed_key=key, temperature=args.temperature)
+    return draw_more, partial(fill_logprobs, policy, max_tokens=tokens, with_norms=True)
 
-    Each epoch goes through a new order of all problems once; what does not fill a step is left out.
+
+def draw_step(problems, step: int, plan: dict | None, *, policy, sampler, grader, args) -> tuple:
+    """Draw one step: (its problems, samples to train on, metrics, the plan for the next step).
+
+    --e-step-every K = 1: an E-step for this step, and no plan. K > 1: an E-step over the problems
+    of K steps makes the plan, its table, JSON-ready; their samples are drawn step by step, from the
+    policy of that step. (A problem that a new epoch brings twice gets its count both times.)
     """
-    epoch, position = divmod(step - 1, len(problems) // args.prompts_per_step)
-    order = np.random.default_rng((args.seed, ORDER, epoch)).permutation(len(problems))
-    return [problems[i] for i in order[position * args.prompts_per_step :][: args.prompts_per_step]]
+    batch, pilot = problems_of_step(problems, step, args), []
+    draw_more, score = e_step_tools(policy, sampler, grader, step, args)
+    if args.allocator == "uniform":
+        samples = draw_more(batch, np.full(len(batch), args.samples_per_prompt))
+        return batch, samples, describe(batch, samples, pilot), None
+    if args.e_step_every == 1:
+        table, samples = e_step(batch, draw_more, score, args)
+        return batch, samples, describe(batch, samples, pilot) | describe_table(table, args), None
+    if plan is None or step >= plan["first_step"] + args.e_step_every:
+        ahead = {}  # by id
+        for later in range(step, step + args.e_step_every):
+            ahead |= {problem.id: problem for problem in problems_of_step(problems, later, args)}
+        table, pilot = e_step(list(ahead.values()), draw_more, score, args)
+        columns = {name: column.tolist() for name, column in table.items()}
+        plan = {"first_step": step, "table": columns}
+    row_of = {problem_id: row for row, problem_id in enumerate(plan["table"]["id"])}
+    rows = [row_of[problem.id] for problem in batch]
+    table = {name: np.array(column)[rows] for name, column in plan["table"].items()}
+    samples = draw_more(batch, table["counts"], first_index=table["num_drawn"])  # after the pilot's
+    return batch, samples, describe(batch, samples, pilot) | describe_table(table, args), plan
 
 
-def draw_scored(policy: Policy, sampler, grader, problems, step: int, args, counts, first) -> list[Sample]:
-    """Graded samples of this step, with log-probs and gradient norms: what e_step asks for."""
-    samples = draw(sampler, grader, problems, counts, (args.seed, TRAINING, step), args.temperature, first)
-    score(policy, samples, args.tokens_per_micro_batch, norms=True)
-    return samples
+def describe_table(table: dict, args) -> dict:
+    """Metrics of an allocation, by its own estimates, against uniform counts at the same cost.
 
-
-def collect(policy: Policy, sampler, grader, problems: list[Problem], step: int, args,
-            window: dict | None) -> tuple[list[Problem], list[Sample], dict, dict | None]:
-    """One step's sampling: (its problems, samples to train on, figures for the log, the window for the next step).
-
-    --e-step-every K = 1: the pilot is part of the budget and is trained on. K > 1: a pilot over the prompts of K steps
-    informs the allocation among them. The window holds the table of e_step, a row a step, JSON-ready for a checkpoint.
+    predicted_variance: sum_i w_i^2 / n_i over uniform's; None if that is unknown, as all weights
+    are 0, or infinite. It is optimistic: it believes the very samples that may mislead.
     """
-    batch, K = problems_of_step(problems, step, args), args.e_step_every
-    counts, first, pilot, figures = np.full(len(batch), args.samples_per_prompt), 0, [], {}
-    if args.allocator != "uniform":
-        if window is None or step >= window["first_step"] + K:
-            ahead = [problem for later in range(step, step + K) for problem in problems_of_step(problems, later, args)]
-            table, pilot = e_step(partial(draw_scored, policy, sampler, grader, ahead, step, args), ahead, args)
-            window = {"first_step": step, **{name: column.reshape(K, -1).tolist() for name, column in table.items()}}
-        table = {name: np.array(window[name][step - window["first_step"]]) for name in window.keys() - {"first_step"}}
-        counts, first = table["counts"], table["drawn"]
-        even = args.samples_per_prompt + (args.pilot_samples if K > 1 else 0)  # what uniform could spend for the same
-        ratio = variance_ratio(table["weights"], counts, even)
-        figures = {"predicted_variance": None if ratio == np.inf else ratio,  # JSON has no infinity
-                   "predicted_tokens": float(table["tokens"] @ counts / (table["tokens"].sum() * even)),
-                   "pilot_unsolved": float(np.mean(table["right"] == 0))}
-    reused, extra = (pilot, []) if K == 1 else ([], pilot)
-    samples = reused + draw(sampler, grader, batch, counts - first if K == 1 else counts,
-                            (args.seed, TRAINING, step), args.temperature, first)
-    return batch, samples, describe(samples, extra, batch) | figures, window
-
-
-def describe(samples: list[Sample], extra: list[Sample], problems: list[Problem]) -> dict:
-    """Log figures of a step's samples and of an `extra` pilot: how many, how right, and where the budget went."""
-    drawn = samples + extra  # may be none in a step of a window
-    figures = {"samples": len(drawn), "tokens": sum(len(s.response_ids) for s in drawn),
-               "grader_failures": sum(s.grader_failed for s in drawn),
-               "accept_rate": np.mean([s.reward for s in samples]) if samples else None,
-               "truncated": np.mean([not s.finished for s in drawn]) if drawn else None}
-    counts, right = Counter(s.problem for s in samples), Counter(s.problem for s in samples if s.reward > 0)
-    groups = {"never": [p.id for p in problems if right[p.id] == 0],
-              "sometimes": [p.id for p in problems if 0 < right[p.id] < counts[p.id]],
-              "always": [p.id for p in problems if 0 < right[p.id] == counts[p.id]]}
-    for name, ids in groups.items():
-        figures[f"prompts_{name}"] = len(ids) / len(problems)
-        figures[f"budget_{name}"] = sum(counts[i] for i in ids) / max(len(samples), 1)
-    return figures
+    even = args.samples_per_prompt + (args.pilot_samples if args.e_step_every > 1 else 0)
+    counts, lengths, moments = table["counts"], table["mean_length"], table["weights"] ** 2
+    ratio = None
+    if moments.any() and counts[moments > 0].all():
+        uniform = np.full(len(counts), even)
+        ratio = estimator_variance(counts, moments) / estimator_variance(uniform, moments)
+    return {
+        "predicted_variance": ratio,
+        "predicted_tokens": float(lengths @ counts / (lengths.sum() * even)),
+        "pilot_unsolved": float(np.mean(table["num_right"] == 0)),
+    }
 
 
 def add_table_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this script alone."""
     add = parser.add_argument_group("table").add_argument
-    add("--limit", type=at_least(1), default=None, help="use the first problems of --data only")
+    add("--limit", type=positive_int, help="use only so many of the first problems of --data")
     add("--out", required=True, help="the table to write, JSON lines; must not exist")
 
 
-def main(args) -> None:
-    """Write one line a problem: id, p, and the columns of e_step; print a summary."""
+def main(argv=None) -> None:
+    """Write a line a problem: id, p and the columns of e_step; print a summary."""
+    args = parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_budget_flags,
+                       add_memory_flags, add_table_flags)
     if args.allocator == "uniform":
         raise InputError("--allocator uniform: has no E-step; choose gvm or reward")
-    check_budget(args, args.allocator)
     if Path(args.out).exists():
         raise InputError(f"--out {args.out}: exists already; choose another name")
-    model, tokenizer = load_model(args, setup())
+    check_budget(args)
+    model, tokenizer = load_model(args, join_ranks())
     problems = load_prompts(args.data, args.split, tokenizer, args, args.limit)
+    policy, sampler = Policy(model, args.temperature), make_sampler(model, tokenizer, args)
     with Grader() as grader:
-        sampler, policy = make_sampler(model, tokenizer, args), Policy(model, args.temperature)
-        table, pilot = e_step(partial(draw_scored, policy, sampler, grader, problems, 1, args), problems, args)
-    counts, right = table["counts"], table["right"]
-    table = {"id": np.array([problem.id for problem in problems]), "p": right / table["drawn"], **table}
-    rows = [{name: column[i].item() for name, column in table.items()} for i in range(len(problems))]
-    on_rank0(Path(args.out).write_text, "".join(json.dumps(row) + "\n" for row in rows))
-    print0(f"drawn: {len(pilot)} samples, {right.sum() / len(pilot):.3f} right; {np.mean(right == 0):.0%} unsolved")
+        draw_more, score = e_step_tools(policy, sampler, grader, step=1, args=args)
+        table, samples = e_step(problems, draw_more, score, args)
+    counts, ratio = table["counts"], describe_table(table, args)["predicted_variance"]
+    table["p"] = table["num_right"] / table["num_drawn"]
+    columns = [column.tolist() for column in table.values()]
+    rows = [dict(zip(table, row)) for row in zip(*columns)]
+    on_rank0(append_rows, Path(args.out), rows)
+    print0(f"drawn: {len(samples)} samples, {np.mean([s.reward for s in samples]):.3f} right")
     print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} a problem")
-    ratio = variance_ratio(table["weights"], counts, args.samples_per_prompt)
-    print0("predicted variance against uniform:", "unknown" if ratio is None else f"{ratio:.3f} (its own estimate)")
+    print0("predicted variance against uniform:", "unknown" if ratio is None else f"{ratio:.3f}")
 
 
 if __name__ == "__main__":
-    run(lambda: main(parse(__doc__, add_model_flags, add_flags, add_table_flags)))
+    run_script(main)

@@ -23,9 +23,10 @@ from conftest import flags  # noqa: E402
 
 from allocator import allocate, gvm_weights, posterior_weights  # noqa: E402
 from data import Sample, encode_prompt, load_problems  # noqa: E402
-from eval import HfSampler, load_model, setup  # noqa: E402
-from gvm import Policy, collate, deal  # noqa: E402
+from model import Policy, collate, distribute, load_model, micro_batches  # noqa: E402
 from raft import update  # noqa: E402
+from run import join_ranks  # noqa: E402
+from sampler import HfSampler  # noqa: E402
 
 
 def seconds(function, repeats: int) -> float:
@@ -61,8 +62,8 @@ def forward(policy: Policy, samples: list[Sample], budget: int, norms: bool) -> 
     """Log-probs of all samples without gradients, and their norms on request."""
     found = [0.0] * len(samples)
     with torch.no_grad():
-        for rows in deal(samples, 0, 1, budget):
-            _, values = policy(**collate([samples[i] for i in rows], torch.device("cpu")), norms=norms)
+        for rows in micro_batches(samples, 1, budget)[0]:
+            _, values = policy(**collate([samples[i] for i in rows], torch.device("cpu")), with_norms=norms)
             for i, value in zip(rows, values if norms else [0.0] * len(rows)):
                 found[i] = float(value)
     return found
@@ -81,9 +82,9 @@ def bench_model(name: str, args, number: int, repeats: int) -> None:
     closed, exact = np.array(forward(policy, samples, budget, True)), np.array(norms_by_autograd(policy, samples))
     for sample in samples:
         sample.old_logprobs = np.full(len(sample.response_ids), -1.0, np.float32)
-        sample.advantage = sample.weight = 1.0
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
-    trained = seconds(lambda: update(policy, optimizer, samples, args), repeats)
+        sample.advantage = sample.loss_weight = 1.0
+    ddp_policy, optimizer = distribute(policy), torch.optim.AdamW(policy.parameters(), lr=0.0)
+    trained = seconds(lambda: update(ddp_policy, optimizer, samples, args), repeats)
     print(f"{name}: {number} samples, {tokens} response tokens, {torch.get_num_threads()} threads")
     print(f"  log-prob forward              {without:8.3f} s")
     print(f"  with closed-form norms        {with_norms:8.3f} s   +{with_norms / without - 1:.0%}")
@@ -111,7 +112,7 @@ def bench_allocator() -> None:
 def main() -> None:
     """Run every part."""
     bench_allocator()
-    setup()
+    join_ranks()
     bench_model("toy", flags(), number=128, repeats=5)
     if len(sys.argv) == 3:
         words = ["--model", sys.argv[1], "--data", sys.argv[2], "--max-prompt-tokens", 512,

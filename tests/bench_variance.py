@@ -28,20 +28,22 @@ import torch.distributed as dist  # noqa: E402
 from conftest import flags  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from allocator import allocate, estimate  # noqa: E402
+import grpo  # noqa: E402, F401 (adds its objective)
+from allocator import allocate  # noqa: E402
 from data import Grader, Sample  # noqa: E402
-from eval import HfSampler, draw, load_model, load_prompts, setup  # noqa: E402
-from grpo import compare_groups  # noqa: E402
-from gvm import Policy, collate, e_step, problems_of_step, score, weight_rule  # noqa: E402
-from raft import keep_right  # noqa: E402
+from gvm import allocation_weights, e_step, estimate  # noqa: E402
+from model import Policy, collate, fill_logprobs, load_model  # noqa: E402
+from raft import OBJECTIVES, loss_weights  # noqa: E402
+from run import join_ranks  # noqa: E402
+from sampler import HfSampler, draw, load_prompts, problems_of_step  # noqa: E402
 
 PROBLEMS, POPULATION, SKETCH, ESTIMATES = 64, 1024, 1024, 600
 
-ESTIMATORS = {  # the objective, and flags that matter to it or to the rule that fits it
-    "log-likelihood": (keep_right, ["--allocator", "gvm"]),
-    "reward, loo": (compare_groups, ["--allocator", "reward", "--advantage", "loo"]),
-    "reward, dr": (compare_groups, ["--allocator", "reward", "--advantage", "dr"]),
-    "reward, grpo": (compare_groups, ["--allocator", "reward", "--advantage", "grpo"]),
+ESTIMATORS = {  # the objective, and the rule that fits it
+    "log-likelihood": ["--objective", "raft", "--allocator", "gvm"],
+    "reward, loo": ["--objective", "grpo", "--allocator", "reward", "--advantage", "loo"],
+    "reward, dr": ["--objective", "grpo", "--allocator", "reward", "--advantage", "dr"],
+    "reward, grpo": ["--objective", "grpo", "--allocator", "reward", "--advantage", "grpo"],
 }
 ONCE, ROUNDS = ["--pilot-samples", 4, "--rounds", 1], ["--pilot-samples", 2, "--rounds", 3]
 RULES = {
@@ -62,7 +64,7 @@ class Pool:
 
     def __init__(self, policy: Policy, sampler, grader, problems):
         self.problems = problems
-        drawn = draw(sampler, grader, problems, np.full(len(problems), POPULATION), (0, 0, 0), 1.0)
+        drawn = draw(sampler, grader, problems, np.full(len(problems), POPULATION), seed_key=(0, 0, 0), temperature=1.0)
         texts: dict[tuple, int] = {}  # equal responses have equal gradients
         places = [texts.setdefault((s.problem, s.response_ids.tobytes()), len(texts)) for s in drawn]
         self.samples: list[Sample] = [None] * len(texts)
@@ -70,7 +72,7 @@ class Pool:
             self.samples[place] = sample
             sample.index = place
         self.places = np.reshape(places, (len(problems), POPULATION))
-        score(policy, self.samples, 16384, norms=True)
+        fill_logprobs(policy, self.samples, 16384, with_norms=True)
         self.right = np.array([sample.reward > 0 for sample in self.samples])
         self.gradients, lengths = sketch(policy, self.samples)  # of -sum_t ln pi: (samples, SKETCH)
         ratios = np.linalg.norm(self.gradients, axis=1) / lengths
@@ -108,20 +110,18 @@ def sketch(policy: Policy, samples: list[Sample]) -> tuple[np.ndarray, np.ndarra
 
 def known_counts(pool: Pool, chosen: np.ndarray, args) -> np.ndarray:
     """The counts of the rule that --allocator names if p and G are those of the population, (problems,)."""
-    places, owners = pool.places[chosen].ravel(), np.repeat(np.arange(len(chosen)), POPULATION)
-    known = estimate(owners, pool.right[places], [pool.samples[k].grad_norm for k in places], np.ones(len(places)),
-                     len(chosen))
-    weights = weight_rule(args)(known["right"] / POPULATION, known["grad_norms_right"], known["grad_norms_wrong"])
-    return allocate(weights, len(chosen) * args.samples_per_prompt)
+    samples = [pool.samples[place] for place in pool.places[chosen].ravel()]
+    known = estimate(samples, [pool.problems[i] for i in chosen], args.weighting)
+    args.shrink = False  # p and G are known
+    return allocate(allocation_weights(known, args), len(chosen) * args.samples_per_prompt)
 
 
 def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.ndarray:
     """Independent estimates of the gradient over the chosen problems, as the scripts make them, (ESTIMATES, SKETCH)."""
-    objective, fitting = ESTIMATORS[estimator]
-    args = flags(*fitting, *RULES[rule], *sys.argv[1:])
+    args = flags(*ESTIMATORS[estimator], *RULES[rule], *sys.argv[1:])
     problems, generator = [pool.problems[i] for i in chosen], np.random.default_rng(1)
 
-    def draw_more(counts, first) -> list[Sample]:
+    def draw_more(_, counts, first_index=0) -> list[Sample]:
         places = [generator.choice(pool.places[i], count) for i, count in zip(chosen, counts)]
         return [pool.samples[place] for place in np.concatenate(places)]
 
@@ -129,11 +129,11 @@ def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.n
     found = np.zeros((ESTIMATES, SKETCH))
     for row in found:
         if rule in ("uniform", "oracle"):
-            samples = draw_more(fixed, 0)
+            samples = draw_more(problems, fixed)
         else:
-            table, samples = e_step(draw_more, problems, args)
-            samples += draw_more(table["counts"] - table["drawn"], table["drawn"])
-        advantages, weights = objective(samples, len(problems), args)
+            _, samples = e_step(problems, draw_more, lambda unscored: None, args)
+        advantages, used = OBJECTIVES[args.objective](samples, args)
+        weights = loss_weights(samples, used, len(problems), args.weighting)
         mean_length = np.mean([len(sample.response_ids) for sample in samples])  # a common scale: taken out again
         row += advantages * weights * mean_length @ pool.gradients[[sample.index for sample in samples]]
     return found
@@ -185,7 +185,7 @@ def rarely_solved(pool: Pool) -> None:
 def main() -> None:
     """Make the pool and print the tables."""
     args = flags("--prompts-per-step", PROBLEMS)
-    model, tokenizer = load_model(args, setup())
+    model, tokenizer = load_model(args, join_ranks())
     problems = problems_of_step(load_prompts(args.data, args.split, tokenizer, args), 1, args)
     with Grader() as grader:
         pool = Pool(Policy(model), HfSampler(model, tokenizer, args), grader, problems)

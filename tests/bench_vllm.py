@@ -13,7 +13,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import flags  # noqa: E402 (the project's modules lie one folder up)
 
-from eval import HfSampler, VllmSampler, load_model, load_prompts, run, setup  # noqa: E402
+from model import load_model  # noqa: E402
+from run import join_ranks, run_script  # noqa: E402
+from sampler import HfSampler, VllmSampler, load_prompts  # noqa: E402
 
 
 def bare_generate(sampler: VllmSampler, requests: list[dict], count: int) -> list:
@@ -21,7 +23,7 @@ def bare_generate(sampler: VllmSampler, requests: list[dict], count: int) -> lis
     from vllm import SamplingParams
 
     settings = [SamplingParams(n=count, temperature=1.0, max_tokens=sampler.max_tokens, seed=1000 * i,
-                               stop_token_ids=sampler.ends, detokenize=False) for i in range(len(requests))]
+                               stop_token_ids=sampler.end_ids, detokenize=False) for i in range(len(requests))]
     outputs = sampler.llm.generate(requests, settings, use_tqdm=False)
     return [output.token_ids for request in outputs for output in request.outputs]
 
@@ -32,7 +34,7 @@ def main() -> None:
     if "--problems" in words:
         at = words.index("--problems")
         number, words = int(words[at + 1]), words[:at] + words[at + 2 :]
-    args, device = flags(*words), setup()
+    args, device = flags(*words), join_ranks()
     model, tokenizer = load_model(args, device)
     problems, count = load_prompts(args.data, args.split, tokenizer, args, number), args.samples_per_prompt
     prompts = [problem.prompt_ids for problem in problems for _ in range(count)]
@@ -65,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

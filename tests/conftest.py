@@ -19,29 +19,26 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import eval as evaluation
-import gvm
 import raft
-from data import Grader, Sample, parse
+import run
+from data import TOY, Grader, Sample
+from model import load_model
+from sampler import load_prompts
 
 ROOT = Path(__file__).parents[1]
-TOY = ROOT / "tests" / "toy"
 SHARED = ROOT.parent / "shared" / "data"  # published files, where they are at hand
 
 
 def flags(*words: str) -> Namespace:
     """The flags of raft.py, with their defaults."""
-    old, sys.argv = sys.argv, ["raft.py", *map(str, words)]
-    try:
-        return parse("", evaluation.add_flags, gvm.add_flags, raft.add_flags)
-    finally:
-        sys.argv = old
+    return run.parse_flags(list(map(str, words)), raft.__doc__, raft.add_flags)
 
 
 def make_sample(problem: int, reward: float, response: list[int], prompt=(5, 6, 7), **fields) -> Sample:
     """A sample of given token ids; the sampler's log-probs are 0 unless given."""
     fields = {"sampler_logprobs": np.zeros(len(response), np.float32)} | fields
-    return Sample(problem, 0, list(prompt), np.array(response, np.int32), True, reward, **fields)
+    response_ids = np.array(response, np.int32)
+    return Sample(problem, 0, list(prompt), response_ids, finished=True, reward=reward, **fields)
 
 
 def command(script: str, *words, ranks: int = 1) -> list[str]:
@@ -147,7 +144,7 @@ def toy() -> str:
 @pytest.fixture(scope="session")
 def device():
     """The device of a process group of one."""
-    yield evaluation.setup()
+    yield run.join_ranks()
     dist.destroy_process_group()
 
 
@@ -161,10 +158,10 @@ def grader():
 @pytest.fixture(scope="session")
 def problems(toy, device):
     """The toy's training problems, with their prompts."""
-    return evaluation.load_prompts(f"{toy}/train.jsonl", "train", AutoTokenizer.from_pretrained(toy), flags())
+    return load_prompts(f"{toy}/train.jsonl", "train", AutoTokenizer.from_pretrained(toy), flags())
 
 
 @pytest.fixture
 def model_and_tokenizer(device):
     """A fresh copy of the toy model, and its tokenizer."""
-    return evaluation.load_model(flags(), device)
+    return load_model(flags(), device)

@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 from conftest import flags, make_sample
 
+import grpo  # noqa: F401 (adds its objective)
 from data import Grader, Problem
-from eval import HfSampler, draw, load_model, load_prompts, setup
-from grpo import compare_groups
-from gvm import Policy, score
-from raft import keep_right, train_step
+from model import Policy, distribute, fill_logprobs, load_model
+from raft import train_step
+from run import join_ranks
+from sampler import HfSampler, draw, load_prompts
 
 
 def toy_samples(tokenizer) -> list:
@@ -25,33 +26,34 @@ def toy_samples(tokenizer) -> list:
     return samples
 
 
-def one_update(samples: list, objective, args) -> dict:
+def one_update(samples: list, args) -> dict:
     """Gradients and, after an SGD step, parameters of a fresh toy; keyed by name."""
-    model, tokenizer = load_model(args, torch.device("cpu"))
-    policy, reference = Policy(model), Policy(load_model(args, torch.device("cpu"))[0])
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
-    score(policy, samples, args.tokens_per_micro_batch)
+    policy = Policy(load_model(args, torch.device("cpu"))[0])
+    reference = Policy(load_model(args, torch.device("cpu"))[0])
+    ddp_policy, optimizer = distribute(policy), torch.optim.SGD(policy.parameters(), lr=0.1)
+    fill_logprobs(policy, samples, args.tokens_per_micro_batch)
     for sample in samples:  # off-policy, so that ratios and clips matter
         sample.old_logprobs = sample.old_logprobs + 0.3 * (sample.problem - 3)
     with torch.no_grad():  # and away from the reference
         reference.model.get_output_embeddings().weight.mul_(0.9)
     problems = [Problem(i, "", "") for i in range(7)]
-    figures = train_step(policy, reference, optimizer, samples, problems, objective, args)
+    metrics = train_step(policy, ddp_policy, reference, optimizer, problems=problems, samples=samples, args=args)
     tensors = {f"gradient {name}": p.grad.clone() for name, p in policy.named_parameters()}
-    return tensors | {name: p.detach().clone() for name, p in policy.named_parameters()} | figures
+    return tensors | {name: p.detach().clone() for name, p in policy.named_parameters()} | metrics
 
 
 def main() -> None:
     """Run the named part on this rank."""
     part, out, *rest = sys.argv[1:]
-    device = setup()
-    args = flags("--kl-coef", 0.1, "--grad-clip", 1e9, "--updates-per-step", 1, *rest)
+    device = join_ranks()
+    words = ["--kl-coef", 0.1, "--grad-clip", 1e9, "--updates-per-step", 1, *rest]
+    args = flags(*words)
     model, tokenizer = load_model(args, device)
     if part == "draw":
         with Grader(1) as grader:
             problems = load_prompts(args.data, args.split, tokenizer, args, 9)
             sampler, counts = HfSampler(model, tokenizer, args), [3, 0, 1, 4, 1, 1, 2, 7, 2]
-            samples = draw(sampler, grader, problems, counts, (0, 0, 1), 1.0)
+            samples = draw(sampler, grader, problems, counts, seed_key=(0, 0, 1), temperature=1.0)
         result = json.dumps([[s.problem, s.index, s.response_ids.tolist(), s.reward] for s in samples])
         if dist.get_rank() == 0:
             with open(out, "w", encoding="utf-8") as file:
@@ -59,8 +61,8 @@ def main() -> None:
     else:
         samples = toy_samples(tokenizer)
         single = [sample for sample in samples if sample.reward > 0][:1]  # leaves every rank but one without a sample
-        results = {"raft": one_update(samples, keep_right, args), "single": one_update(single, keep_right, args),
-                   "grpo": one_update(samples, compare_groups, args)}
+        results = {"raft": one_update(samples, args), "single": one_update(single, args),
+                   "grpo": one_update(samples, flags(*words, "--objective", "grpo"))}
         if dist.get_rank() == 0:
             torch.save(results, out)
     dist.destroy_process_group()

@@ -2,10 +2,8 @@
 
 import json
 import time
-from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -21,7 +19,6 @@ from data import (
     encode_prompt,
     extract_boxed,
     load_problems,
-    pass_at_k,
     reference_answer,
 )
 
@@ -141,13 +138,6 @@ def test_published_files(name, size, last):
     problems = load_problems(str(SHARED / f"{name}.jsonl"))
     assert len(problems) == size and last in (None, problems[-1].answer)
     assert all(problem.answer and "\\boxed" not in problem.answer for problem in problems)
-
-
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
-    right = np.array([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
-    for k in range(1, 6):
-        subsets = [right[:, chosen].any(axis=1) for chosen in map(list, combinations(range(5), k))]
-        assert pass_at_k(right, k) == pytest.approx(np.mean(subsets, axis=0))
 
 
 def test_the_prompt_is_the_chat_template_s_or_plain(toy):

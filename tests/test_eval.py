@@ -1,109 +1,29 @@
-"""eval.py: samples that depend on nothing but their seed, drawn from the model's own distribution."""
+"""eval.py: metrics by hand; and the command: the same figures however many ranks, interrupted or not, graded anew."""
 
 import json
 import shutil
+import subprocess
+import sys
+from itertools import combinations
 
 import numpy as np
 import pytest
-import torch
-from conftest import flags, run_script
+from conftest import ROOT, TOY, Started, flags, run_script, wait_for
 
-from data import InputError, encode_prompt
-from eval import HfSampler, draw, evaluate, gumbel_max, load_model, load_prompts, make_sampler, run, summarise
+import eval as command
+from data import InputError, read_rows
+from eval import evaluate, pass_at_k, summarise
+from sampler import HfSampler
 
-
-def generators(number: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(number)]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_gumbel_max_draws_from_the_distribution(temperature):
-    probabilities = torch.tensor([0.2, 0.0, 0.3, 0.5])
-    drawn, logprobs = gumbel_max(probabilities.log().repeat(4000, 1), generators(4000), temperature)
-    expected = probabilities ** (1 / temperature) / (probabilities ** (1 / temperature)).sum()
-    torch.testing.assert_close(logprobs, expected[drawn].log())
-    assert (torch.bincount(drawn, minlength=4) / 4000 - expected).abs().max() < 0.03 and 1 not in drawn
+PROTOCOL = ("--limit", 40, "--samples", 4, "--max-prompt-tokens", 64, "--max-response-tokens", 64,
+            "--sampler-batch-size", 16)
 
 
-def test_gumbel_max_hardly_notices_rounding():
-    scores = torch.randn(4000, 1000, generator=torch.Generator().manual_seed(0))
-    rounded = scores + 1e-5 * torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
-    first, second = (gumbel_max(s, generators(4000), 1.0)[0] for s in (scores, rounded))
-    assert (first != second).sum() <= 1
-    assert gumbel_max(scores[:1], generators(1), 0.0)[0] == scores[0].argmax()
-
-
-def test_gumbel_max_changes_fewer_tokens_than_inverting_the_cumulative():
-    scores = torch.randn(2000, 1000, generator=torch.Generator().manual_seed(0))
-    rounded = scores + 1e-3 * torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))  # rough, to see it
-    uniforms = torch.rand(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-
-    def gumbel(logits):
-        return gumbel_max(logits, generators(2000), 1.0)[0]
-
-    def inverse(logits):
-        return torch.searchsorted(torch.softmax(logits.double(), dim=1).cumsum(dim=1), uniforms, right=True)
-
-    changed = [(pick(scores) != pick(rounded)).sum().item() for pick in (gumbel, inverse)]
-    assert 5 * changed[0] < changed[1]
-
-
-@pytest.fixture
-def requests(model_and_tokenizer, problems):
-    prompts = [encode_prompt(model_and_tokenizer[1], problem) for problem in problems[:12] for _ in range(3)]
-    return prompts, list(range(36))
-
-
-def sample(model_and_tokenizer, requests, *words, temperature=1.0):
-    responses = HfSampler(*model_and_tokenizer, flags(*words))(*requests, temperature)
-    return [(ids.tolist(), finished) for ids, _, finished in responses]
-
-
-def test_samples_do_not_depend_on_the_batch(model_and_tokenizer, requests):
-    whole = sample(model_and_tokenizer, requests)
-    for size in (1, 5):
-        assert sample(model_and_tokenizer, requests, "--sampler-batch-size", size) == whole
-    backwards = [part[::-1] for part in requests]
-    assert sample(model_and_tokenizer, backwards)[::-1] == whole
-    assert len({tuple(ids) for ids, _ in whole}) > 12  # and differ among the samples of a prompt
-
-
-def test_the_end_token_is_kept_and_cut_responses_are_marked(model_and_tokenizer, requests):
-    tokenizer = model_and_tokenizer[1]
-    whole = sample(model_and_tokenizer, requests)
-    cut = sample(model_and_tokenizer, requests, "--max-response-tokens", 12)
-    assert any(finished for _, finished in whole) and any(not finished for _, finished in cut)
-    for (ids, finished), (short, short_finished) in zip(whole, cut):
-        assert finished == (ids[-1] == tokenizer.eos_token_id) and tokenizer.eos_token_id not in ids[:-1]
-        assert short == ids[:12] and short_finished == (finished and len(ids) <= 12)
-
-
-def test_samples_follow_the_model_s_distribution(device, problems, toy, tmp_path):
-    shutil.copytree(toy, tmp_path / "toy")
-    published = {"top_k": 1, "repetition_penalty": 5.0, "temperature": 0.1, "do_sample": False, "eos_token_id": [1, 5]}
-    (tmp_path / "toy" / "generation_config.json").write_text(json.dumps(published))  # ignored, all but the last
-    model_and_tokenizer = model, tokenizer = load_model(flags("--model", tmp_path / "toy"), device)
-    assert HfSampler(*model_and_tokenizer, flags()).ends == [1, 5]
-    model.save_pretrained(tmp_path / "saved")  # transformers refuses to save what is published there
-    prompt = encode_prompt(tokenizer, problems[0])
-    drawn = sample(model_and_tokenizer, ([prompt] * 1000, list(range(1000))), "--max-response-tokens", 1)
-    expected = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], dim=-1).detach().numpy()
-    found = np.bincount([ids[0] for ids, _ in drawn], minlength=len(expected)) / 1000
-    assert np.abs(found - expected).sum() / 2 < 0.05  # total variation
-    greedy = sample(model_and_tokenizer, ([prompt], [1]), "--max-response-tokens", 1, temperature=0.0)
-    assert greedy[0][0] == [int(expected.argmax())]
-
-
-def test_draw_gives_every_problem_its_count(device, model_and_tokenizer, grader, problems):
-    sampler, counts = HfSampler(*model_and_tokenizer, flags()), [2, 0, 3, 1]
-    samples = draw(sampler, grader, problems[:4], counts, (0, 0, 1), 1.0, first=4)
-    assert [(s.problem, s.index) for s in samples] == [(0, 4), (0, 5), (2, 4), (2, 5), (2, 6), (3, 4)]
-    for s in samples:
-        text = sampler.tokenizer.decode(s.response_ids, skip_special_tokens=True)
-        assert s.reward == float(text.endswith(f"\\boxed{{{problems[s.problem].answer}}}"))
-        assert list(s.prompt_ids) == encode_prompt(sampler.tokenizer, problems[s.problem])
-    again = draw(sampler, grader, problems[2:3], [1], (0, 0, 1), 1.0, first=5)
-    assert again[0].response_ids.tolist() == samples[3].response_ids.tolist()
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    right = np.array([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
+    for k in range(1, 6):
+        subsets = [right[:, chosen].any(axis=1) for chosen in map(list, combinations(range(5), k))]
+        assert pass_at_k(right, k) == pytest.approx(np.mean(subsets, axis=0))
 
 
 def make_rows(answers: str, references: str = "5") -> list[dict]:
@@ -151,63 +71,132 @@ def test_evaluate_repeats_itself(device, model_and_tokenizer, grader, problems):
     assert 0 <= figures["eval_accuracy"] <= figures["eval_pass@2"] <= 1 and figures["eval_grader_failures"] == 0
 
 
-def test_long_prompts_are_dropped_and_counted(device, model_and_tokenizer, tmp_path, capsys):
-    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "1+" * 40 + "1", "answer": "41"}]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kept = load_prompts(str(path), "train", model_and_tokenizer[1], flags())
-    assert [problem.id for problem in kept] == [0] and "dropped 1 of 2" in capsys.readouterr().out
-    with pytest.raises(InputError, match="every prompt is longer than --max-prompt-tokens 2"):
-        load_prompts(str(path), "train", model_and_tokenizer[1], flags("--max-prompt-tokens", 2))
+def run_command(out, *words, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    return run_script("eval.py", "--data", TOY / "eval.jsonl", *PROTOCOL, "--out", out, *words, ranks=ranks, **options)
 
 
-def test_models_that_cannot_be_had_are_named(device, tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    for name in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(InputError, match="--model .*cannot be loaded"):
-            load_model(flags("--model", name), device)
-    with pytest.raises(InputError, match="--max-response-tokens"):
-        load_model(flags("--max-response-tokens", 10_000), device)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of an evaluation on one rank, without interruption, and what it printed."""
+    out = tmp_path_factory.mktemp("evaluation") / "one"
+    return out, run_command(out).stdout
 
 
-@pytest.mark.parametrize("error", [ImportError("No module named 'vllm'"), ValueError("not\nsupported " + "x" * 999)])
-def test_without_a_vllm_that_starts_there_is_one_line(model_and_tokenizer, monkeypatch, error):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr("eval.VllmSampler", fail)
-    assert isinstance(make_sampler(*model_and_tokenizer, flags()), HfSampler)  # auto, on a CPU
-    with pytest.raises(InputError, match="--sampler vllm: (No module|not supported).*--sampler hf") as raised:
-        make_sampler(*model_and_tokenizer, flags("--sampler", "vllm"))
-    assert len(str(raised.value)) < 400
-
-
-def test_out_of_memory_names_the_flags_that_help(capsys):
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        run(main)
-    said = capsys.readouterr().err
-    assert all(flag in said for flag in ("--tokens-per-micro-batch", "--vllm-memory", "--gradient-checkpointing"))
-
-
-def test_a_rank_may_have_nothing_to_draw(device, model_and_tokenizer, grader, problems):
-    assert draw(HfSampler(*model_and_tokenizer, flags()), grader, problems[:2], [0, 0], (0, 0, 1), 1.0) == []
+def test_what_is_saved_and_shown(straight):
+    out, shown = straight
+    rows, summary = read_rows(out / "eval.jsonl"), json.loads((out / "summary.json").read_text())
+    assert [(row["problem"], row["index"]) for row in rows] == [(i, j) for i in range(40) for j in range(4)]
+    assert all(row["score"] == float(row["answer"] == row["reference"]) for row in rows)
+    assert all(row["finish_reason"] == "stop" and row["response"].endswith("}") for row in rows)
+    figures = summary["results"]["eval"]
+    assert figures.pop("problems") == 40
+    assert list(figures) == ["avg@4", "pass@2", "pass@4", "maj@4", "response_tokens", "no_answer", "truncated",
+                             "grader_failures"]
+    assert figures["avg@4"]["mean"] == sum(row["score"] for row in rows) / 160
+    assert 0 < figures["avg@4"]["standard_error"] < 0.1 and figures["avg@4"]["mean"] < figures["pass@2"]["mean"]
+    protocol = summary["protocol"]
+    assert protocol == json.loads((out / "protocol.json").read_text())
+    assert (protocol["model"], protocol["revision"], protocol["sampler"]) == (str(TOY), None, "HfSampler")
+    assert (protocol["temperature"], protocol["samples"], protocol["seed"]) == (1.0, 4, 0)
+    assert protocol["grader"].startswith("math-verify ") and len(protocol["template"]) == len(protocol["weights"]) == 12
+    mean, error = figures["avg@4"].values()
+    assert f"| eval | 40 | {mean:.4g} ± {error:.2g} |" in shown and "seed: 0" in shown
 
 
-@pytest.mark.parametrize(("words", "named"), [
-    (["--steps", "0"], "--steps"), (["--allocator", "best"], "--allocator"), (["--temperature", "0"], "--temperature"),
-    (["--beta", "1"], "--beta"), (["--lr", "nan"], "--lr"), (["--learning-rate", "1"], "--learning-rate"),
+def test_two_ranks_give_the_same_figures(straight, tmp_path):
+    run_command(tmp_path / "two", ranks=2)
+    assert (tmp_path / "two" / "summary.json").read_text() == (straight[0] / "summary.json").read_text()
+    assert read_rows(tmp_path / "two" / "eval.jsonl") == read_rows(straight[0] / "eval.jsonl")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_gives_the_same_figures(straight, tmp_path, ranks):
+    out = tmp_path / "killed"
+    words = (*PROTOCOL, "--sampler-batch-size", 4, "--out", out)  # saves more often, which changes nothing else
+    run = Started("eval.py", "--data", TOY / "eval.jsonl", *words, ranks=ranks, mark=out)
+    wait_for(lambda: (out / "eval.jsonl").exists(), 60)
+    run.kill()
+    whole = (straight[0] / "eval.jsonl").read_bytes()
+    saved = (out / "eval.jsonl").read_bytes()
+    assert len(saved) < len(whole)
+    (out / "eval.jsonl").write_bytes(whole[: len(saved) + 300])  # in the middle of a problem, and of a line
+    shown = run_command(out, "--resume", ranks=ranks)
+    assert (out / "summary.json").read_text() == (straight[0] / "summary.json").read_text()
+    assert (out / "eval.jsonl").read_bytes() == whole
+    assert f"{whole[: len(saved) + 300].count(10)}/160" in shown.stderr  # those were not drawn again
+
+
+def test_rescore_grades_anew_and_needs_no_model(straight, tmp_path):
+    rows = read_rows(straight[0] / "eval.jsonl")
+    right = next(row for row in rows if row["score"])
+    right["response"], right["score"] = right["response"].replace("boxed{", "boxed{0"), 0.0  # still right
+    rows[-1] |= {"response": "no box", "answer": "1"}
+    file = tmp_path / "old" / "eval.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = run_script("eval.py", "--rescore", file, "--model", "nobody/nothing", "--out", tmp_path / "new").stdout
+    changed = 1 + int(rows[-1]["score"])
+    assert f"{changed} of 160 scores differ" in shown and "| eval | " in shown
+    anew = read_rows(tmp_path / "new" / "eval.jsonl")
+    assert anew[rows.index(right)]["score"] == 1.0 and anew[-1]["score"] == 0.0 and anew[-1]["answer"] is None
+    assert file.read_text() == "".join(json.dumps(row) + "\n" for row in rows)  # nothing overwritten
+    run_script("eval.py", "--rescore", file, cwd=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+@pytest.mark.parametrize(("words", "complaint"), [
+    (["--data", "math500", "--rescore", "x.jsonl"], "give either --data"),
+    (["--resume", "--rescore", "x.jsonl"], "give either --data"),
+    (["--rescore", "missing.jsonl"], "missing.jsonl: no such file"),
+    (["--rescore", "other.jsonl"], "--rescore other.jsonl: holds no samples"),
+    (["--rescore", "part.jsonl"], "--rescore part.jsonl: problems differ"),
+    (["--data", "a/x.jsonl,b/x.jsonl"], "end alike"),
+    (["--data", "nobody/nothing"], "nor one of math500"),
+    (["--data", "eval.jsonl", "--samples", "0"], "--samples"),
 ])
-def test_wrong_flags_are_named(words, named):
-    with pytest.raises(InputError, match=named):
-        flags(*words)
+def test_bad_input_is_named(device, tmp_path, monkeypatch, words, complaint):
+    (tmp_path / "other.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n')
+    row = dict.fromkeys(command.NEEDED, 0)
+    rows = [row, row, row | {"problem": 1}]
+    (tmp_path / "part.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=complaint):
+        command.main([*words, "--max-prompt-tokens", "64", "--max-response-tokens", "64"])
 
 
-def test_two_ranks_draw_what_one_draws(device, model_and_tokenizer, grader, problems, tmp_path):
-    run_script("tests/ranks.py", "draw", tmp_path / "two.json", ranks=2)
-    sampler = HfSampler(*model_and_tokenizer, flags())
-    one = draw(sampler, grader, problems[:9], [3, 0, 1, 4, 1, 1, 2, 7, 2], (0, 0, 1), 1.0)
-    two = json.loads((tmp_path / "two.json").read_text())
-    assert two == [[s.problem, s.index, s.response_ids.tolist(), s.reward] for s in one]
+@pytest.mark.parametrize(("words", "complaint"), [
+    ([], "give either --data"), (["--data", "math500"], "context of 512")])
+def test_bad_input_is_one_line(tmp_path, words, complaint):
+    done = run_script("eval.py", *words, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and complaint in done.stderr
+    assert done.stderr.startswith("eval.py: error: ") and done.stderr.count("\n") == 1
+
+
+def test_another_protocol_is_not_mixed_in(straight, tmp_path):
+    before = {path.name: path.read_bytes() for path in straight[0].iterdir()}
+    for words, complaint in [([], "--resume continues it"), (["--resume", "--seed", 1], "another seed"),
+                             (["--resume", "--data", straight[0].parent / "eval.jsonl"], "answers to other problems")]:
+        (straight[0].parent / "eval.jsonl").write_text('{"problem": "1+1", "answer": "3"}\n')
+        done = run_command(straight[0], *words, check=False)
+        assert done.returncode == 2 and complaint in done.stderr
+    assert {path.name: path.read_bytes() for path in straight[0].iterdir()} == before
+
+
+def test_a_model_of_the_hub_is_named_by_its_commit(tmp_path, monkeypatch):
+    commit, repository = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub" / "models--some--toy"
+    shutil.copytree(TOY, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    run_command(tmp_path / "out", "--model", "some/toy", "--limit", 1)
+    protocol = json.loads((tmp_path / "out" / "protocol.json").read_text())
+    assert (protocol["model"], protocol["revision"]) == ("some/toy", commit)
+
+
+def test_running_it_imports_neither_gvm_nor_raft_nor_itself_twice():
+    program = (
+        "import runpy, sys\nsys.argv = ['eval.py', '--help']\n"
+        "try:\n    runpy.run_path('eval.py', run_name='__main__')\n"
+        "except SystemExit:\n    print(sorted({'allocator', 'eval', 'gvm', 'raft', 'grpo'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -6,11 +6,11 @@ import torch
 from conftest import SMALL, check_killed_and_resumed, flags, make_sample, parameters, read_log, run_script
 
 from data import Problem
-from eval import load_model
-from grpo import compare_groups, group_advantages
-from gvm import Policy
-from raft import train_step
+from grpo import group_advantages, grpo_objective
+from model import Policy, distribute, load_model
+from raft import loss_weights, train_step
 
+GRPO = ["--objective", "grpo", "--clip-high", 0.2]
 # Groups of 3, 2 and 1 samples, mixed: rewards 1 0 0, 0 0 and 1; 18 tokens in all.
 SAMPLES = [make_sample(0, 1.0, [1]), make_sample(1, 0.0, [1] * 3), make_sample(0, 0.0, [1] * 2),
            make_sample(0, 0.0, [1] * 4), make_sample(2, 1.0, [1] * 5), make_sample(1, 0.0, [1] * 3)]
@@ -53,7 +53,8 @@ def test_leave_one_out_is_unbiased_and_the_own_mean_shrinks_by_n_minus_1_over_n(
     ("sequence", [1 / 6, 1 / 18, 1 / 12, 1 / 24, 1 / 30, 1 / 18]),  # 1 / (6 T)
 ])
 def test_weights_by_hand(weighting, expected):
-    advantages, weights = compare_groups(SAMPLES, 3, flags("--weighting", weighting, "--advantage", "loo"))
+    advantages, used = grpo_objective(SAMPLES, flags("--advantage", "loo"))
+    weights = loss_weights(SAMPLES, used, 3, weighting)
     assert weights == pytest.approx(expected) and advantages.tolist() == [1, 0, -0.5, -0.5, 0, 0]
 
 
@@ -62,9 +63,9 @@ def test_the_gradient_is_that_of_a_plain_loop(device, model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     policy, texts = Policy(model), ["4+3=7;", "\\boxed{7}", "1+1=2;2+2=4;", "9", "8-8=0;", "0;0"]
     samples = [make_sample(s.problem, s.reward, tokenizer.encode(text)) for s, text in zip(SAMPLES, texts)]
-    problems, args = [Problem(i, "", "") for i in range(3)], flags("--updates-per-step", 1, "--grad-clip", 1e9)
-    figures = train_step(policy, None, torch.optim.SGD(policy.parameters(), lr=0.0), samples, problems,
-                         compare_groups, args)
+    problems, args = [Problem(i, "", "") for i in range(3)], flags(*GRPO, "--updates-per-step", 1, "--grad-clip", 1e9)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    metrics = train_step(policy, distribute(policy), None, optimizer, problems=problems, samples=samples, args=args)
     found = torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
     length = np.mean([len(s.response_ids) for s in samples])
@@ -74,7 +75,7 @@ def test_the_gradient_is_that_of_a_plain_loop(device, model_and_tokenizer):
         total = logprobs[len(sample.prompt_ids) - 1 :].sum()
         (-advantage / (3 * [3, 2, 1][sample.problem] * length) * total).backward()
     expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    assert (found - expected).norm() < 1e-5 * expected.norm() and figures["updates"] == 1
+    assert (found - expected).norm() < 1e-5 * expected.norm() and metrics["updates"] == 1
     assert [sample.old_logprobs is None for sample in samples] == [False, True, False, False, True, True]  # no gradient
 
 
@@ -84,11 +85,12 @@ def test_without_advantages_only_the_kl_trains(device, model_and_tokenizer):
         reference.model.get_output_embeddings().weight.mul_(0.9)
     equal, problems = [make_sample(0, 1.0, [9, 9]) for _ in range(2)], [Problem(0, "", "")]
     for kl_coef, updates in ((0.0, 0), (0.1, 1)):
-        args = flags("--updates-per-step", 1, "--kl-coef", kl_coef)
+        args = flags(*GRPO, "--updates-per-step", 1, "--kl-coef", kl_coef)
         before = policy.model.get_output_embeddings().weight.clone()
-        figures = train_step(policy, reference if kl_coef else None, torch.optim.SGD(policy.parameters(), lr=1.0),
-                             equal, problems, compare_groups, args)
-        assert (figures["updates"], figures["updates_empty"]) == (updates, 1 - updates)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+        metrics = train_step(policy, distribute(policy), reference if kl_coef else None, optimizer,
+                             problems=problems, samples=equal, args=args)
+        assert (metrics.get("updates", 0), metrics.get("updates_empty", 0)) == (updates, 1 - updates)
         assert torch.equal(policy.model.get_output_embeddings().weight, before) == (updates == 0)
 
 

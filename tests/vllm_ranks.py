@@ -10,9 +10,10 @@ import torch.distributed as dist
 from conftest import flags
 
 from data import Grader, Problem, encode_prompt
-from eval import HfSampler, draw, load_model, load_prompts, make_sampler, run, setup
-from gvm import Policy, score
-from raft import keep_right, train_step
+from model import Policy, distribute, fill_logprobs, load_model
+from raft import train_step
+from run import join_ranks, run_script
+from sampler import HfSampler, draw, load_prompts, make_sampler
 
 LONG = "1+" * 135  # with these, prompts share more than 256 tokens: two blocks of vLLM's cache
 
@@ -20,35 +21,42 @@ LONG = "1+" * 135  # with these, prompts share more than 256 tokens: two blocks 
 def main() -> None:
     """Run the named part on this rank."""
     part, out = sys.argv[1:]
-    device = setup()
+    device = join_ranks()
     args = flags("--sampler", "vllm", "--max-prompt-tokens", 320, "--temperature", 0.8, "--loss", "raft")
     model, tokenizer = load_model(args, device)
     policy, sampler = Policy(model, args.temperature), make_sampler(model, tokenizer, args)
     problems = load_prompts(args.data, args.split, tokenizer, args, 9)
     long = [Problem(100 + i, f"{LONG}{i}", str(135 + i)) for i in range(2)]
     long = [replace(problem, prompt_ids=encode_prompt(tokenizer, problem)) for problem in long]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    ddp_policy, optimizer = distribute(policy), torch.optim.AdamW(policy.parameters(), lr=1e-3)
 
     with Grader(1) as grader:
         def sample(problems: list[Problem], counts: list[int], step: int) -> list:
-            samples = draw(sampler, grader, problems, counts, (0, 0, step), args.temperature)
-            score(policy, samples, args.tokens_per_micro_batch)
+            samples = draw(sampler, grader, problems, counts, seed_key=(0, 0, step),
+                           temperature=args.temperature)
+            fill_logprobs(policy, samples, args.tokens_per_micro_batch)
             return samples
 
         def gap(samples: list) -> float:
             """The largest difference between the sampler's and the trainer's log-probs."""
             return float(max(np.abs(s.sampler_logprobs - s.old_logprobs).max() for s in samples))
 
+        def greedy(one) -> list:
+            drawn = draw(one, grader, problems[:5], [2] * 5, seed_key=(0, 0, 1), temperature=0.0)
+            return [s.response_ids.tolist() for s in drawn]
+
+        def train(samples: list) -> None:
+            train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=samples, args=args)
+
         first = sample(problems, [4, 0, 1, 5, 2, 1, 2, 5, 2], 1)  # two ranks cut them in the middle of a problem
         if part == "fail" and dist.get_rank() == 1:
             raise RuntimeError("boom")
         facts = {"samples": [[s.problem, s.index, s.response_ids.tolist(), s.finished, s.reward] for s in first],
-                 "greedy": [[s.response_ids.tolist() for s in draw(one, grader, problems[:5], [2] * 5, (0, 0, 1), 0.0)]
-                            for one in (sampler, HfSampler(model, tokenizer, args))],
+                 "greedy": [greedy(sampler), greedy(HfSampler(model, tokenizer, args))],
                  "alone": sample(problems[7:8], [1], 1)[0].response_ids.tolist(), "gap": gap(first)}
-        train_step(policy, None, optimizer, first, problems, keep_right, args)
+        train(first)
         facts |= {"gap after a step": gap(sample(problems, [4] * 9, 2)), "long gap": gap(sample(long, [2, 2], 2))}
-        train_step(policy, None, optimizer, first, problems, keep_right, args)
+        train(first)
         engine, sync = sampler.llm, sampler.sync
         engine.wake_up()
         engine.sleep = engine.wake_up = lambda *_, **__: None  # sleeping would empty the prefix cache, too
@@ -56,7 +64,7 @@ def main() -> None:
         facts |= {"gap without sync": gap(sample(problems, [4] * 9, 3))}
         sampler.sync, reset, engine.reset_prefix_cache = sync, engine.reset_prefix_cache, lambda: None
         sample(long, [2, 2], 3)  # leaves its keys and values in the cache
-        train_step(policy, None, optimizer, first, problems, keep_right, args)
+        train(first)
         facts |= {"long gap without reset": gap(sample(long, [2, 2], 4))}
         engine.reset_prefix_cache = reset
         facts |= {"long gap with reset": gap(sample(long, [2, 2], 4))}
@@ -66,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

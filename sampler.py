@@ -1,0 +1,293 @@
+"""Who draws: transformers or vLLM, and `draw`, which deals requests over the ranks and grades.
+
+A sample is a function of (seed, purpose, step, problem, index) alone, not of the rank that draws
+it nor of the samples that share its batch. So one rank or eight, a resumed run or a fresh one,
+draw the same text: on CPUs, where rounding hardly ever changes a token. On CUDA, bf16 products
+depend on the batch, and vLLM draws by rank.
+"""
+
+import argparse
+import atexit
+import importlib.util
+import os
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data import InputError, Problem, Sample, encode_prompt, extract_boxed, load_problems
+from run import gather, number, positive_int, print0
+
+TRAINING, EVALUATION, ORDER = 0, 1, 2  # what random numbers are for: a part of their seed
+
+
+def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
+    """Who samples, and how much at once."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sampler", choices=["auto", *SAMPLERS], default="auto",
+        help="who generates; auto: vllm if it is installed and CUDA is there, otherwise hf, "
+        "which is transformers")
+    add("--vllm-memory", type=number(float, low=0.01, high=1), default=0.4,
+        help="share of each GPU's memory that vllm takes while it samples; no effect on a CPU")
+    add("--sampler-batch-size", type=positive_int, default=256,
+        help="sequences sampled at once: less memory with fewer, the same samples")
+    add("--seed", type=number(int, low=0, high=2**32 - 1), default=0,
+        help="of the samples and of the order of problems")
+
+
+def load_prompts(spec: str, split: str, tokenizer, args, limit=None) -> list[Problem]:
+    """The problems of a data set, encoded; those over --max-prompt-tokens are dropped, aloud."""
+    problems, most = load_problems(spec, split, limit), args.max_prompt_tokens
+    problems = [replace(p, prompt_ids=encode_prompt(tokenizer, p)) for p in problems]
+    fitting = [problem for problem in problems if len(problem.prompt_ids) <= most]
+    if not fitting:
+        raise InputError(f"{spec}: every prompt is longer than --max-prompt-tokens {most}")
+    dropped = len(problems) - len(fitting)
+    if dropped:
+        print0(f"{spec}: dropped {dropped} of {len(problems)} prompts, over --max-prompt-tokens")
+    return fitting
+
+
+def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
+    """The problems of step 1, 2, ...: a function of --seed and the step alone.
+
+    Each epoch goes once through a new order of all problems; those too few for a step are left.
+    """
+    m = args.prompts_per_step
+    epoch, position = divmod(step - 1, len(problems) // m)
+    order = np.random.default_rng((args.seed, ORDER, epoch)).permutation(len(problems))
+    return [problems[i] for i in order[position * m : (position + 1) * m]]
+
+
+def gumbel_max(logits: torch.Tensor, generators: list[torch.Generator], temperature: float):
+    """Tokens drawn from softmax(logits / temperature), and their log-probs, (batch,) each.
+
+    logits: (batch, vocabulary); generators: one a row. With Gumbel noise g_v, argmax_v ln p_v +
+    g_v is a draw from p. Inverting the cumulative distribution would take less noise, but rounding,
+    which differs from batch to batch, shifts all of its edges; here it rarely changes a token.
+    Temperature 0 takes the most likely token.
+    """
+    noise = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
+    if temperature > 0:
+        logits = logits / temperature
+        for row, generator in zip(noise, generators):
+            row.exponential_(generator=generator)
+        noise = -noise.log()  # if E is exponential, -ln E is Gumbel
+    token_ids = (logits.double() + noise).argmax(dim=1)
+    logprobs = logits.gather(1, token_ids[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    return token_ids, logprobs
+
+
+class HfSampler:
+    """transformers' `generate`, made reproducible sample by sample."""
+
+    def __init__(self, model, tokenizer, args):
+        self.model, self.tokenizer = model, tokenizer
+        self.end_ids = model.generation_config.eos_token_id
+        self.max_tokens, self.batch_size = args.max_response_tokens, args.sampler_batch_size
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list:
+        """(response ids, their log-probs, whether it ended) for each prompt and seed."""
+        responses = []
+        for start in range(0, len(prompts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            responses += self._generate(prompts[rows], seeds[rows], temperature)
+        return responses
+
+    def _generate(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list:
+        device = self.model.device
+        batch = {"input_ids": prompts}
+        padded = self.tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(device)
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        drawn = []  # (token ids, log-probs), (batch,) each, for each position
+
+        def draw_token(_, logits: torch.Tensor) -> torch.Tensor:
+            """A logits processor that draws itself: what greedy decoding must take gets 1."""
+            drawn.append(gumbel_max(logits, generators, temperature))
+            return torch.zeros_like(logits).scatter(1, drawn[-1][0][:, None], 1.0)
+
+        self.model.eval()  # gradient checkpointing would switch the key-value cache off
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            self.model.generate(**padded, max_new_tokens=self.max_tokens, do_sample=False,
+                                logits_processor=[draw_token])
+        token_ids, logprobs = (torch.stack(x, dim=1).tolist() for x in zip(*drawn))
+        return [self._cut(*row) for row in zip(token_ids, logprobs)]
+
+    def _cut(self, ids: list[int], logprobs: list[float]) -> tuple[np.ndarray, np.ndarray, bool]:
+        """A response without what comes after its first end-of-sequence token."""
+        ends = [t for t, token_id in enumerate(ids, start=1) if token_id in self.end_ids]
+        length = ends[0] if ends else len(ids)
+        return np.array(ids[:length], np.int32), np.array(logprobs[:length], np.float32), bool(ends)
+
+
+class VllmSampler:
+    """One vLLM engine a rank, in the trainer's process; it takes the trainer's weights every time.
+
+    On a CPU each sample has a seed of its own. On CUDA that would leave vLLM's fast sampling
+    kernel, for nothing, since rounding depends on the batch there anyway: an engine has one seed.
+    """
+
+    def __init__(self, model, tokenizer, args):
+        self.model, self.tokenizer = model, tokenizer
+        self.end_ids = model.generation_config.eos_token_id
+        self.max_tokens, self.cuda = args.max_response_tokens, model.device.type == "cuda"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
+        import vllm._custom_ops  # slow to import, and the hf sampler does without it
+
+        if self.cuda:
+            torch.cuda.empty_cache()  # the engine looks at what is free
+            special = {"dtype": "bfloat16", "gpu_memory_utilization": args.vllm_memory,
+                       "enable_sleep_mode": True}
+        else:
+            vllm._custom_ops._supports_onednn = False  # it packs weights: no loading them again
+            torch._dynamo.config.disable = True  # it would run a C++ compiler for longer than us
+            special = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+        self.llm = vllm.LLM(
+            args.model, skip_tokenizer_init=True, generation_config="vllm",
+            load_format="dummy",  # the weights come from the trainer
+            distributed_executor_backend="external_launcher",
+            seed=args.seed * dist.get_world_size() + dist.get_rank(),
+            max_model_len=args.max_prompt_tokens + args.max_response_tokens,
+            max_num_seqs=args.sampler_batch_size,
+            logprobs_mode="processed_logprobs",  # at the temperature, as the trainer has them
+            **special)
+        atexit.register(self.llm.llm_engine.engine_core.shutdown)  # before the process group
+        self.llm.sleep(level=2)  # gives the memory to the trainer; keeps neither weights nor cache
+
+    def sync(self) -> None:
+        """Wake up with the trainer's weights, and without keys and values of earlier ones."""
+        self.llm.wake_up(tags=["weights"])
+        self.llm.apply_model(lambda engine: engine.load_weights(self.model.named_parameters()))
+        self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def __call__(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list:
+        """As HfSampler's. The prefix cache spares the engine reading a prompt more than once."""
+        from vllm import SamplingParams
+
+        self.sync()
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        params = [
+            SamplingParams(
+                temperature=temperature, max_tokens=self.max_tokens, detokenize=False,
+                seed=None if self.cuda else seed // 2,  # vLLM's are signed
+                stop_token_ids=self.end_ids, ignore_eos=True,  # the first holds EOS, too
+                logprobs=0)  # of the sampled token only
+            for seed in seeds
+        ]
+        results = self.llm.generate(requests, params, use_tqdm=False)
+        self.llm.sleep(level=2)
+        return [_response(result.outputs[0]) for result in results]
+
+
+def _response(output) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(response ids, their log-probs, whether it ended) from one of vLLM's outputs."""
+    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs)]
+    ended = output.finish_reason == "stop"
+    return np.array(output.token_ids, np.int32), np.array(logprobs, np.float32), ended
+
+
+SAMPLERS = {"hf": HfSampler, "vllm": VllmSampler}  # --sampler
+
+
+def make_sampler(model, tokenizer, args):
+    """The sampler that --sampler names; raises InputError if it cannot start."""
+    name = args.sampler
+    if name == "auto":
+        vllm_is_there = importlib.util.find_spec("vllm") is not None
+        name = "vllm" if vllm_is_there and model.device.type == "cuda" else "hf"
+    try:
+        return SAMPLERS[name](model, tokenizer, args)
+    except (ImportError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--sampler {args.sampler}: {reason}; see GPU nodes in README, or use "
+                         "--sampler hf") from error
+
+
+def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[int, ...],
+         temperature: float, first_index=0) -> list[Sample]:
+    """Draw counts[i] graded samples of problems[i]: the same list, in their order, on every rank.
+
+    counts: (problems,). seed_key: (seed, purpose, step). first_index: the number of the first
+    sample of each problem, one for all or (problems,). The requests are cut into one equal part
+    a rank, so the order in which they are gathered does not depend on the number of ranks.
+    """
+    first_indices = np.broadcast_to(first_index, len(problems)).tolist()
+    requests = []  # (problem, index of the sample)
+    for problem, first, count in zip(problems, first_indices, counts):
+        requests += [(problem, first + j) for j in range(count)]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = requests[len(requests) * rank // ranks : len(requests) * (rank + 1) // ranks]
+    seeds = [_seed(*seed_key, problem.id, index) for problem, index in mine]
+    responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature)
+    texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, _, _ in responses]
+    grades = grader(texts, [problem.answer for problem, _ in mine])
+    samples = []
+    for (problem, index), response, text, grade in zip(mine, responses, texts, grades):
+        response_ids, logprobs, finished = response
+        reward, failed = grade
+        samples.append(Sample(
+            problem=problem.id, index=index, prompt_ids=problem.prompt_ids,
+            response_ids=response_ids, finished=finished, text=text, reward=reward,
+            grader_failed=failed, sampler_logprobs=logprobs))
+    return gather(samples)
+
+
+def _seed(*key: int) -> int:
+    """A 64-bit seed, from a hash of `key`: other keys, other random numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def as_rows(samples: list[Sample], problems: list[Problem]) -> list[dict]:
+    """What is kept of each sample, as a JSON object."""
+    references = {problem.id: problem.answer for problem in problems}
+    return [
+        {
+            "problem": sample.problem, "index": sample.index,
+            "response": sample.text, "answer": extract_boxed(sample.text),
+            "reference": references[sample.problem], "score": sample.reward,
+            "grader_failed": sample.grader_failed,
+            "finish_reason": "stop" if sample.finished else "length",
+            "tokens": len(sample.response_ids),
+        }
+        for sample in samples
+    ]
+
+
+def describe(problems: list[Problem], samples: list[Sample], pilot: list[Sample]) -> dict:
+    """Metrics of a step: how many samples were drawn, how many right, and where they went.
+
+    samples: to train on; pilot: others, which are counted alike. There may be none in a step.
+    """
+    drawn = samples + pilot
+    metrics = {
+        "samples": len(drawn),
+        "tokens": sum(len(sample.response_ids) for sample in drawn),
+        "grader_failures": sum(sample.grader_failed for sample in drawn),
+        "accept_rate": np.mean([sample.reward for sample in samples]) if samples else None,
+        "truncated": np.mean([not sample.finished for sample in drawn]) if drawn else None,
+    }
+    counts = Counter(sample.problem for sample in samples)
+    num_right = Counter(sample.problem for sample in samples if sample.reward > 0)
+    solved = {problem.id: num_right[problem.id] for problem in problems}
+    groups = {
+        "never": [i for i, right in solved.items() if right == 0],
+        "sometimes": [i for i, right in solved.items() if 0 < right < counts[i]],
+        "always": [i for i, right in solved.items() if 0 < right == counts[i]],
+    }
+    for name, ids in groups.items():
+        metrics[f"prompts_{name}"] = len(ids) / len(problems)
+        metrics[f"budget_{name}"] = sum(counts[i] for i in ids) / max(len(samples), 1)
+    return metrics
+
+
+def sampler_gap(samples: list[Sample]) -> dict:
+    """How far the sampler's log-probs are from the trainer's, over all tokens: mean and largest."""
+    if not samples:
+        return {}
+    gaps = np.concatenate([np.abs(s.old_logprobs - s.sampler_logprobs) for s in samples])
+    return {"sampler_gap": gaps.mean().item(), "sampler_gap_max": gaps.max().item()}

@@ -1,0 +1,154 @@
+"""model.py: log-probs and gradient norms against autograd, and micro-batches that cover every sample."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import flags, make_sample
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+
+import model as model_module
+from data import InputError
+from model import Policy, collate, fill_logprobs, load_model, micro_batches
+from sampler import HfSampler, draw
+
+TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def tiny_policy(tied: bool, temperature: float = 1.0) -> Policy:
+    torch.manual_seed(0)
+    config = LlamaConfig(**TINY, tie_word_embeddings=tied, initializer_range=0.5)
+    return Policy(AutoModelForCausalLM.from_config(config), temperature)
+
+
+def tiny_samples(number: int = 5) -> list:
+    rng = np.random.default_rng(0)
+    return [make_sample(i, 1.0, rng.integers(3, 40, 2 + 3 * i).tolist(), rng.integers(3, 40, 1 + i).tolist())
+            for i in range(number)]
+
+
+def plain_logprobs(policy: Policy, sample, detach: bool = False) -> torch.Tensor:
+    """Log-probs of one unpadded response, (response,), the obvious way."""
+    ids = torch.tensor(np.concatenate([sample.prompt_ids, sample.response_ids])).long()[None]
+    if detach:
+        hidden = policy.model.base_model(ids).last_hidden_state.detach()
+        logits = policy.model.lm_head(hidden)
+    else:
+        logits = policy.model(ids).logits
+    logprobs = torch.log_softmax(logits[0, :-1] / policy.temperature, dim=-1)
+    return logprobs.gather(1, ids[0, 1:, None]).squeeze(1)[len(sample.prompt_ids) - 1 :]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_norms_equal_autograd_s(monkeypatch, tied, temperature):
+    monkeypatch.setattr(model_module, "HEAD_CHUNK", 3)
+    policy, samples = tiny_policy(tied, temperature), tiny_samples()
+    logprobs, norms = policy(**collate(samples, torch.device("cpu")), with_norms=True)
+    plain = [plain_logprobs(policy, sample) for sample in samples]
+    assert torch.allclose(logprobs, torch.cat(plain), atol=1e-5)
+    for sample, norm in zip(samples, norms):
+        loss = -plain_logprobs(policy, sample, detach=True).sum()
+        gradient, = torch.autograd.grad(loss, policy.model.lm_head.weight)
+        assert norm.item() == pytest.approx(gradient.norm().item(), rel=1e-4)
+
+
+def test_gradients_equal_autograd_s_with_and_without_gradient_checkpointing(monkeypatch):
+    monkeypatch.setattr(model_module, "HEAD_CHUNK", 3)
+    samples, gradients = tiny_samples(), []
+    for checkpointing in (False, True):
+        policy = Policy(tiny_policy(tied=True).model, 0.7, gradient_checkpointing=checkpointing).train()
+        logprobs, norms = policy(**collate(samples, torch.device("cpu")))
+        logprobs.square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        assert norms is None
+    policy.zero_grad()
+    torch.cat([plain_logprobs(policy, sample) for sample in samples]).square().sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    for gradient in gradients:
+        assert (gradient - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_logits_of_all_tokens_are_never_held(monkeypatch):
+    monkeypatch.setattr(model_module, "HEAD_CHUNK", 8)
+    policy, samples, saved = tiny_policy(tied=False), tiny_samples(), []
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        logprobs, _ = policy(**collate(samples, torch.device("cpu")))
+    assert tokens > 30 and saved and not [shape for shape in saved if shape[-1:] == (40,)]  # 40: the vocabulary
+    logprobs.sum().backward()
+
+
+@pytest.mark.parametrize("config", [
+    Gemma2Config(**TINY, final_logit_softcapping=30.0),
+    CohereConfig(**TINY, logit_scale=0.0625),
+    GraniteConfig(**TINY, logits_scaling=8.0),
+])
+def test_scaled_or_capped_logits_are_refused(config):
+    with pytest.raises(InputError, match="scales or caps its logits"):
+        Policy(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_head_that_is_not_linear_is_refused():
+    model = tiny_policy(tied=False).model
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(InputError, match="no linear head"):
+        Policy(model)
+
+
+def test_the_check_leaves_every_weight_as_it_was():
+    for tied in (True, False):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY, tie_word_embeddings=tied))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        Policy(model)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_dropout_is_off_in_training():
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(LlamaConfig(**TINY, attention_dropout=0.5))).train()
+    first, second = (policy(**collate(tiny_samples(), torch.device("cpu")))[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("ranks", "budget"), [(1, 10_000), (1, 25), (2, 25), (3, 1), (8, 40)])
+def test_micro_batches_cover_every_sample_once_within_the_budget(ranks, budget):
+    samples = [list(range(length)) for length in (5, 9, 1, 9, 30, 7, 2)]
+    shares = micro_batches(samples, ranks, budget)
+    assert len({len(share) for share in shares}) == 1 and len(shares) == ranks  # as many on every rank
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(7))
+    for batch in (batch for share in shares for batch in share):
+        assert len(batch) <= 1 or len(batch) * max(len(samples[i]) for i in batch) <= budget
+    sizes = [sum(map(len, share)) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    assert micro_batches([], ranks, budget) == [[]] * ranks
+
+
+def test_logprobs_do_not_depend_on_micro_batches(device, model_and_tokenizer):
+    policy = Policy(model_and_tokenizer[0])
+    once, twice = tiny_samples(), tiny_samples()
+    fill_logprobs(policy, once, 10_000, with_norms=True)
+    fill_logprobs(policy, twice, 1)
+    for a, b in zip(once, twice):
+        difference = np.linalg.norm(a.old_logprobs - b.old_logprobs)
+        assert difference < 1e-5 * np.linalg.norm(a.old_logprobs) and a.grad_norm > 0 == b.grad_norm
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_hf_sampler_s_log_probs_are_the_trainer_s(device, model_and_tokenizer, grader, problems, temperature):
+    policy, sampler = Policy(model_and_tokenizer[0], temperature), HfSampler(*model_and_tokenizer, flags())
+    samples = draw(sampler, grader, problems[:6], [3] * 6, seed_key=(0, 0, 1), temperature=temperature)
+    fill_logprobs(policy, samples, 10_000)
+    for sample in samples:
+        assert len(sample.sampler_logprobs) == len(sample.response_ids) > 3
+        assert np.abs(sample.sampler_logprobs - sample.old_logprobs).max() < 1e-4
+
+
+def test_models_that_cannot_be_had_are_named(device, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    for name in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(InputError, match="--model .*cannot be loaded"):
+            load_model(flags("--model", name), device)
+    with pytest.raises(InputError, match="--max-response-tokens"):
+        load_model(flags("--max-response-tokens", 10_000), device)

@@ -1,0 +1,172 @@
+"""sampler.py: samples that depend on nothing but their seed, drawn from the model's own distribution."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import flags, make_sample, run_script
+
+from data import InputError, Problem, encode_prompt
+from model import load_model
+from sampler import SAMPLERS, HfSampler, describe, draw, gumbel_max, load_prompts, make_sampler
+from sampler import problems_of_step
+
+
+def generators(number: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(number)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_gumbel_max_draws_from_the_distribution(temperature):
+    probabilities = torch.tensor([0.2, 0.0, 0.3, 0.5])
+    drawn, logprobs = gumbel_max(probabilities.log().repeat(4000, 1), generators(4000), temperature)
+    expected = probabilities ** (1 / temperature) / (probabilities ** (1 / temperature)).sum()
+    torch.testing.assert_close(logprobs, expected[drawn].log())
+    assert (torch.bincount(drawn, minlength=4) / 4000 - expected).abs().max() < 0.03 and 1 not in drawn
+
+
+def test_gumbel_max_hardly_notices_rounding():
+    scores = torch.randn(4000, 1000, generator=torch.Generator().manual_seed(0))
+    rounded = scores + 1e-5 * torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
+    first, second = (gumbel_max(s, generators(4000), 1.0)[0] for s in (scores, rounded))
+    assert (first != second).sum() <= 1
+    assert gumbel_max(scores[:1], generators(1), 0.0)[0] == scores[0].argmax()
+
+
+def test_gumbel_max_changes_fewer_tokens_than_inverting_the_cumulative():
+    scores = torch.randn(2000, 1000, generator=torch.Generator().manual_seed(0))
+    rounded = scores + 1e-3 * torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))  # rough, to see it
+    uniforms = torch.rand(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def gumbel(logits):
+        return gumbel_max(logits, generators(2000), 1.0)[0]
+
+    def inverse(logits):
+        return torch.searchsorted(torch.softmax(logits.double(), dim=1).cumsum(dim=1), uniforms, right=True)
+
+    changed = [(pick(scores) != pick(rounded)).sum().item() for pick in (gumbel, inverse)]
+    assert 5 * changed[0] < changed[1]
+
+
+@pytest.fixture
+def requests(model_and_tokenizer, problems):
+    prompts = [encode_prompt(model_and_tokenizer[1], problem) for problem in problems[:12] for _ in range(3)]
+    return prompts, list(range(36))
+
+
+def sample(model_and_tokenizer, requests, *words, temperature=1.0):
+    responses = HfSampler(*model_and_tokenizer, flags(*words))(*requests, temperature)
+    return [(ids.tolist(), finished) for ids, _, finished in responses]
+
+
+def test_samples_do_not_depend_on_the_batch(model_and_tokenizer, requests):
+    whole = sample(model_and_tokenizer, requests)
+    for size in (1, 5):
+        assert sample(model_and_tokenizer, requests, "--sampler-batch-size", size) == whole
+    backwards = [part[::-1] for part in requests]
+    assert sample(model_and_tokenizer, backwards)[::-1] == whole
+    assert len({tuple(ids) for ids, _ in whole}) > 12  # and differ among the samples of a prompt
+
+
+def test_the_end_token_is_kept_and_cut_responses_are_marked(model_and_tokenizer, requests):
+    tokenizer = model_and_tokenizer[1]
+    whole = sample(model_and_tokenizer, requests)
+    cut = sample(model_and_tokenizer, requests, "--max-response-tokens", 12)
+    assert any(finished for _, finished in whole) and any(not finished for _, finished in cut)
+    for (ids, finished), (short, short_finished) in zip(whole, cut):
+        assert finished == (ids[-1] == tokenizer.eos_token_id) and tokenizer.eos_token_id not in ids[:-1]
+        assert short == ids[:12] and short_finished == (finished and len(ids) <= 12)
+
+
+def test_samples_follow_the_model_s_distribution(device, problems, toy, tmp_path):
+    shutil.copytree(toy, tmp_path / "toy")
+    published = {"top_k": 1, "repetition_penalty": 5.0, "temperature": 0.1, "do_sample": False, "eos_token_id": [1, 5]}
+    (tmp_path / "toy" / "generation_config.json").write_text(json.dumps(published))  # ignored, all but the last
+    model_and_tokenizer = model, tokenizer = load_model(flags("--model", tmp_path / "toy"), device)
+    assert HfSampler(*model_and_tokenizer, flags()).end_ids == [1, 5]
+    model.save_pretrained(tmp_path / "saved")  # transformers refuses to save what is published there
+    prompt = encode_prompt(tokenizer, problems[0])
+    drawn = sample(model_and_tokenizer, ([prompt] * 1000, list(range(1000))), "--max-response-tokens", 1)
+    expected = torch.softmax(model(torch.tensor([prompt])).logits[0, -1], dim=-1).detach().numpy()
+    found = np.bincount([ids[0] for ids, _ in drawn], minlength=len(expected)) / 1000
+    assert np.abs(found - expected).sum() / 2 < 0.05  # total variation
+    greedy = sample(model_and_tokenizer, ([prompt], [1]), "--max-response-tokens", 1, temperature=0.0)
+    assert greedy[0][0] == [int(expected.argmax())]
+
+
+def test_draw_gives_every_problem_its_count(device, model_and_tokenizer, grader, problems):
+    sampler, counts = HfSampler(*model_and_tokenizer, flags()), [2, 0, 3, 1]
+    samples = draw(sampler, grader, problems[:4], counts, seed_key=(0, 0, 1), temperature=1.0, first_index=4)
+    assert [(s.problem, s.index) for s in samples] == [(0, 4), (0, 5), (2, 4), (2, 5), (2, 6), (3, 4)]
+    for s in samples:
+        text = sampler.tokenizer.decode(s.response_ids, skip_special_tokens=True)
+        assert s.reward == float(text.endswith(f"\\boxed{{{problems[s.problem].answer}}}"))
+        assert list(s.prompt_ids) == encode_prompt(sampler.tokenizer, problems[s.problem])
+    again = draw(sampler, grader, problems[2:3], [1], seed_key=(0, 0, 1), temperature=1.0, first_index=5)
+    assert again[0].response_ids.tolist() == samples[3].response_ids.tolist()
+
+
+def test_long_prompts_are_dropped_and_counted(device, model_and_tokenizer, tmp_path, capsys):
+    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "1+" * 40 + "1", "answer": "41"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = load_prompts(str(path), "train", model_and_tokenizer[1], flags())
+    assert [problem.id for problem in kept] == [0] and "dropped 1 of 2" in capsys.readouterr().out
+    with pytest.raises(InputError, match="every prompt is longer than --max-prompt-tokens 2"):
+        load_prompts(str(path), "train", model_and_tokenizer[1], flags("--max-prompt-tokens", 2))
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'vllm'"), ValueError("not\nsupported " + "x" * 999)])
+def test_without_a_vllm_that_starts_there_is_one_line(model_and_tokenizer, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setitem(SAMPLERS, "vllm", fail)
+    assert isinstance(make_sampler(*model_and_tokenizer, flags()), HfSampler)  # auto, on a CPU
+    with pytest.raises(InputError, match="--sampler vllm: (No module|not supported).*--sampler hf") as raised:
+        make_sampler(*model_and_tokenizer, flags("--sampler", "vllm"))
+    assert len(str(raised.value)) < 400
+
+
+def test_a_rank_may_have_nothing_to_draw(device, model_and_tokenizer, grader, problems):
+    assert draw(HfSampler(*model_and_tokenizer, flags()), grader, problems[:2], [0, 0], seed_key=(0, 0, 1),
+                temperature=1.0) == []
+
+
+def test_two_ranks_draw_what_one_draws(device, model_and_tokenizer, grader, problems, tmp_path):
+    run_script("tests/ranks.py", "draw", tmp_path / "two.json", ranks=2)
+    sampler = HfSampler(*model_and_tokenizer, flags())
+    one = draw(sampler, grader, problems[:9], [3, 0, 1, 4, 1, 1, 2, 7, 2], seed_key=(0, 0, 1),
+               temperature=1.0)
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two == [[s.problem, s.index, s.response_ids.tolist(), s.reward] for s in one]
+
+
+def test_an_epoch_visits_every_problem_once():
+    problems = [Problem(i, "q", "1") for i in range(14)]
+
+    def ids(step: int, seed: int = 0) -> list[int]:
+        args = flags("--prompts-per-step", 4, "--seed", seed)
+        return [problem.id for problem in problems_of_step(problems, step, args)]
+
+    epochs = [ids(1) + ids(2) + ids(3), ids(4) + ids(5) + ids(6)]
+    assert all(len(set(epoch)) == 12 for epoch in epochs) and epochs[0] != epochs[1]
+    assert ids(5) == ids(5) != ids(5, seed=1)
+
+
+def test_describe_by_hand():
+    rewards, problems = {0: [1, 1], 1: [0, 1, 0], 2: [0]}, [Problem(i, "", "") for i in range(4)]  # 3 gets no samples
+    samples = [make_sample(i, reward, [1, 2, 3]) for i, group in rewards.items() for reward in group]
+    for order in (samples, samples[::-1]):
+        metrics = describe(problems, order, [make_sample(9, 1.0, [1])])
+        assert metrics["samples"] == 7 and metrics["tokens"] == 19 and metrics["accept_rate"] == 0.5
+        names = ("never", "sometimes", "always")
+        assert [metrics[f"budget_{name}"] for name in names] == pytest.approx([1 / 6, 3 / 6, 2 / 6])
+        assert [metrics[f"prompts_{name}"] for name in names] == pytest.approx([2 / 4, 1 / 4, 1 / 4])
+
+
+def test_a_step_of_a_plan_may_get_no_samples():
+    metrics = describe([Problem(0, "", ""), Problem(1, "", "")], [], [])
+    assert (metrics["samples"], metrics["accept_rate"], metrics["prompts_never"]) == (0, None, 1.0)
