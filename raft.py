@@ -5,9 +5,8 @@
     torchrun raft.py --resume                             # go on after an interruption
     torchrun --nproc-per-node 8 raft.py ...               # the paper's run: see README.md
 
-One step: draw samples where they help, score them, and update the policy a few times on
-sum_j w_j sum_t loss_jt, over samples j and tokens t. The weights w_j are made of global counts,
-so neither micro-batches nor ranks change the gradient.
+One step draws samples where they help, scores them, and takes a few updates on sum_j w_j sum_t
+loss_jt, over samples j and tokens t. Neither micro-batches nor ranks change the gradient.
 """
 
 import argparse
@@ -115,7 +114,8 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
     """The samples to train on in each update, with advantage and loss_weight filled in."""
     updates = []
     for ids in np.array_split([problem.id for problem in problems], args.updates_per_step):
-        part = [sample for sample in samples if sample.problem in set(ids.tolist())]
+        chosen = set(ids.tolist())
+        part = [sample for sample in samples if sample.problem in chosen]
         advantages, used = OBJECTIVES[args.objective](part, args)
         weights = loss_weights(part, used, len(ids), args.weighting)
         for sample, advantage, weight in zip(part, advantages, weights):
@@ -162,12 +162,12 @@ def update(ddp_policy, optimizer, samples: list[Sample], args) -> dict:
         (ranks * terms[0]).backward()  # DDP takes the mean over ranks, the weights want the sum
         totals += terms.detach().cpu()
     dist.all_reduce(totals)
-    grad_norm = torch.nn.utils.clip_grad_norm_(ddp_policy.parameters(), args.grad_clip)
-    if not torch.isfinite(grad_norm):
+    norm = torch.nn.utils.clip_grad_norm_(ddp_policy.parameters(), args.grad_clip)
+    if not torch.isfinite(norm):
         return {"updates_not_finite": 1}
     optimizer.step()
-    names = ("loss", "clip_fraction", "kl", "grad_norm")
-    return {"updates": 1, **dict(zip(names, [*totals.tolist(), grad_norm.item()]))}
+    loss, share, kl = totals.tolist()
+    return {"updates": 1, "loss": loss, "clip_fraction": share, "kl": kl, "grad_norm": norm.item()}
 
 
 def train_step(policy, ddp_policy, reference, optimizer, *, problems, samples, args) -> dict:
@@ -213,11 +213,11 @@ def train(args: argparse.Namespace) -> None:
         for step in tqdm(range(state.step + 1, args.steps + 1), disable=dist.get_rank() > 0):
             state.step, metrics = step, {}
             if step > 0:  # step 0 is the evaluation before training
-                with state.timer("sample"):
+                with state.timer("sample"):  # the E-step
                     batch, samples, metrics, state.plan = draw_step(
                         problems, step, state.plan,
                         policy=policy, sampler=sampler, grader=grader, args=args)
-                with state.timer("train"):
+                with state.timer("train"):  # the M-step
                     metrics |= train_step(policy, ddp_policy, reference, optimizer,
                                           problems=batch, samples=samples, args=args)
             stopping = stop.on_any_rank()
