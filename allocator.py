@@ -3,9 +3,9 @@
     python allocator.py                                         # a small table of what it does
     counts = allocate(gvm_weights(p, G), budget=8 * len(p))     # in your project
 
-The idea. Prompt i has an acceptance rate p_i, the probability that one sample is right, and
-a gradient norm G_i, the root mean square over its right samples. With n_i samples drawn, of
-which the right ones form D_i, the unbiased estimator of Lemma 1 is
+Prompt i has an acceptance rate p_i, the probability that one sample is right, and a gradient
+norm G_i, the root mean square over its right samples. With n_i samples drawn, of which the
+right ones form D_i, the unbiased estimator of Lemma 1 is
 
     -sum_i 1/(n_i p_i) sum_{y in D_i} grad ln pi(y | x_i).
 
@@ -17,7 +17,7 @@ samples count. Prompts that are never solved would get everything, so Eq. 7 divi
 
     n_i = N w_i / sum_j w_j,        w_i = sqrt(c_i) = G_i / sqrt(p_i + alpha / p_i^(beta - 1)).
 
-Three things are added to it here:
+Three things are added here:
 - Samples are whole. `allocate` finds the integers that minimise sum_i w_i^2 / n_i exactly.
 - The weights belong to the estimator. `reward_weights` is for GRPO and its relatives.
 - Nobody knows p. After two samples, the share of right ones is 0 for many a prompt that is
@@ -72,11 +72,11 @@ def reward_weights(accept_rates, norm_right, norm_wrong, normalize_std: bool) ->
 def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.ndarray:
     """sqrt(E[w_i^2]), (prompts,): the weights of `rule` averaged over what p_i may be.
 
-    What is known of p_i: num_right_i of num_drawn_i samples were right, and how it went with
-    the other prompts. No weight is 0 by bad luck alone. A prompt without a right (wrong) sample
-    is given the root mean square over the others as its G+ (G-).
-    rule: a function from (p, G+, G-), (prompts,) each, to weights. num_right, num_drawn,
-    norm_right, norm_wrong: >= 0, (prompts,) each. Raises ValueError naming the argument.
+    What is known of p_i: num_right_i of num_drawn_i samples were right; and a prior, fitted to
+    all prompts. No weight is 0 by bad luck alone. A prompt without a right (wrong) sample is
+    given the root mean square over the others as its G+ (G-).
+    rule: (p, G+, G-) to weights, for each prompt by itself: it is asked about one p for all of
+    them at a time. All arrays are (prompts,). Raises ValueError naming the argument.
     """
     num_right, num_drawn, norm_right, norm_wrong = _check_vectors(
         num_right=num_right, num_drawn=num_drawn, norm_right=norm_right, norm_wrong=norm_wrong
@@ -96,13 +96,13 @@ def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.
     log_likelihood -= log_likelihood.max(axis=1, keepdims=True)  # or exp would underflow
     likelihood = np.exp(log_likelihood)
 
-    # 2. Prior, averaged over Beta(a, b) by evidence, since few prompts leave (a, b) open:
-    #    P(p) = sum_ab Beta(p | a, b) prod_i P(counts_i | a, b).
+    # 2. Prior: Beta(a, b), averaged over a and b by how well they explain all counts:
+    #    P(p) = sum_ab Beta(p | a, b) prod_i P(counts_i | a, b). Per log-odds, Beta ~ p^a q^b.
     a, b = np.meshgrid(np.geomspace(0.05, 20, 16), np.geomspace(0.05, 20, 16))
-    betas = np.exp(np.outer(a, log_p) + np.outer(b, log_q))  # (priors, grid), per log-odds
-    betas /= betas.sum(axis=1, keepdims=True)
-    log_evidence = np.log(betas @ likelihood.T).sum(axis=1)  # (priors,)
-    prior = np.exp(log_evidence - log_evidence.max()) @ betas  # (grid,)
+    shapes = np.exp(np.outer(a, log_p) + np.outer(b, log_q))  # (256, grid)
+    shapes /= shapes.sum(axis=1, keepdims=True)
+    log_evidence = np.log(shapes @ likelihood.T).sum(axis=1)  # (256,)
+    prior = np.exp(log_evidence - log_evidence.max()) @ shapes  # (grid,)
 
     # 3. Expectation over the posterior: E[w_i^2] = sum_p P(p | counts_i) w_i(p)^2.
     posterior = prior * likelihood  # (prompts, grid)
@@ -124,7 +124,7 @@ def allocate(weights, budget, min_samples=0, max_samples=None, prices=None) -> n
 
     weights: w_i >= 0, (prompts,). min_samples, max_samples: bounds of n_i, one integer for all
     or (prompts,). prices: tau_i > 0, (prompts,), what a sample costs, say its mean tokens; the
-    budget, then any number, bounds sum_i tau_i n_i, and less than one sample's price is left.
+    budget, then any number, bounds sum_i tau_i n_i, and does not pay for the next best sample.
     Returns int64 counts, (prompts,), the same on every machine. A weight of 0 gets its minimum,
     unless no positive weight can take more: the rest is then spread evenly over the zeros.
     Raises ValueError naming the argument for bad weights and for bounds that no allocation can
@@ -141,7 +141,7 @@ def allocate(weights, budget, min_samples=0, max_samples=None, prices=None) -> n
         raise ValueError("prices must be positive")
     if (lower > upper).any():
         raise ValueError("min_samples is above max_samples")
-    if not prices @ lower <= budget <= prices @ upper:
+    if not prices @ lower <= budget <= prices @ upper or budget == np.inf:
         raise ValueError(f"a budget of {budget} is below min_samples or above max_samples in all")
     value = weights / np.sqrt(prices)
     start = np.maximum(lower, np.minimum(_head_start(value, lower, prices, budget), upper))
@@ -157,29 +157,29 @@ def _buy_one_by_one(value, counts, upper, prices, budget) -> np.ndarray:
     left = budget - prices @ counts
     counts, upper, prices, value = (x.tolist() for x in (counts, upper, prices, value))
 
-    def rank(i: int) -> tuple[int, float, int]:
-        """The smallest goes first: (0 a first sample, 1 another, 2 weight 0; -gain; index)."""
+    def priority(i: int) -> tuple[int, float, int]:
+        """The smallest is bought first: first samples, then others, then those of weight 0."""
         n = counts[i]
         if value[i] == 0:
             return (2, n, i)
         return (1, -value[i] / math.sqrt(n * (n + 1)), i) if n > 0 else (0, -value[i], i)
 
-    heap = [rank(i) for i in range(len(counts)) if counts[i] < upper[i]]
+    heap = [priority(i) for i in range(len(counts)) if counts[i] < upper[i]]
     heapq.heapify(heap)
     while heap and prices[heap[0][-1]] <= left:
         i = heapq.heappop(heap)[-1]
         counts[i] += 1
         left -= prices[i]
         if counts[i] < upper[i]:
-            heapq.heappush(heap, rank(i))
+            heapq.heappush(heap, priority(i))
     return np.array(counts, dtype=np.int64)
 
 
 def _head_start(value, lower, prices, budget) -> np.ndarray:
     """Counts, (prompts,), that the optimum surely reaches, so that few are bought one by one.
 
-    If every gain above t^2 is bought, value/t rounded down <= n <= lower + value/t + 1. The right
-    side at its price is at least what is spent; that bounds 1/t, and so n, from below.
+    With t^2 the gain of the last sample bought, floor(value/t) <= n <= lower + value/t + 1. The
+    right side, added up at its prices, is at least what is spent: that bounds 1/t, and so n.
     """
     if not value.any():
         return lower
@@ -218,7 +218,7 @@ def _check_counts(name: str, values, num_prompts: int) -> np.ndarray:
     values = np.asarray(values)
     whole = np.issubdtype(values.dtype, np.integer) and (values >= 0).all()
     if not whole or values.shape not in ((), (num_prompts,)):
-        raise ValueError(f"{name} must hold non-negative integers, one or one a prompt")
+        raise ValueError(f"{name} must hold non-negative integers, a single one or one per prompt")
     return np.broadcast_to(values, (num_prompts,)).astype(np.int64)
 
 
@@ -231,8 +231,8 @@ def main() -> None:
     print("   rate p    norm G   uniform  GVM")
     for row in zip(p, G, uniform, gvm):
         print("{:9.2f}  {:8.2f}  {:8d}  {:3d}".format(*row))
-    second_moments = np.divide(G**2, p, out=np.zeros(8), where=p > 0)
-    bounds = [estimator_variance(counts, second_moments) for counts in (uniform, gvm)]
+    c = np.divide(G**2, p, out=np.zeros(8), where=p > 0)
+    bounds = estimator_variance(uniform, c), estimator_variance(gvm, c)
     print("variance bound: {:.1f} with uniform counts, {:.1f} with GVM's".format(*bounds))
 
 

@@ -48,7 +48,7 @@ class Problem:
 
     id: int
     question: str
-    answer: str  # the reference, reduced to what belongs into the box: "18", "\\frac{1}{2}"
+    answer: str  # the reference, reduced to what belongs in the box: "18", "\\frac{1}{2}"
     prompt_ids: list[int] | None = None  # filled in by sampler.load_prompts
 
 
@@ -70,12 +70,13 @@ class Sample:
     old_logprobs: np.ndarray | None = None  # by the policy, before the step's first update
     ref_logprobs: np.ndarray | None = None  # by the reference of the KL penalty
     # What the response counts for.
-    grad_norm: float = 0.0  # ||grad_W -sum_t ln pi(y_t)||, W the output head
-    advantage: float = 0.0  # what its reward is worth to the objective
-    loss_weight: float = 0.0  # of its token sum in the loss of its update
+    head_grad_norm: float = 0.0  # of the gradient of -ln pi with respect to the output head
+    advantage: float = 0.0  # A in the losses of raft.py
+    loss_weight: float = 0.0  # w_j in the losses of raft.py
 
-    def __len__(self) -> int:
-        """Tokens of prompt and response together."""
+    @property
+    def total_tokens(self) -> int:
+        """The length of prompt and response together."""
         return len(self.prompt_ids) + len(self.response_ids)
 
 
@@ -104,7 +105,7 @@ def load_problems(spec: str, split: str = "train", limit: int | None = None) -> 
             raise InputError(f"{spec}: row {i + 1} has no text in '{question_column}' {columns}")
         answer = reference_answer(row.get(answer_column))
         if answer_column == "solution" and answer == str(row.get("solution")).strip():
-            answer = ""  # a solution without a box: its answer is not to be found
+            answer = ""  # a solution without a box: there is no telling its answer
         if not answer:
             raise InputError(f"{spec}: row {i + 1} has no answer in '{answer_column}' {columns}")
         problems.append(Problem(i, question.strip(), answer))
@@ -160,12 +161,12 @@ def _read_hub(spec: str, split: str) -> list:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{spec}: neither a {LOCAL_SUFFIXES} file, nor one of {', '.join(BENCHMARKS)}, "
-            f"nor a hub data set in reach ({reason})"
+            f"nor a hub data set that can be reached ({reason})"
         ) from error
 
 
 def reference_answer(value) -> str:
-    """What belongs into the box, from what real files hold; "" if there is nothing.
+    """What belongs in the box, from what real files hold; "" if there is nothing.
 
     `... #### 1,234` (GSM8K) -> "1234"; a solution with `\\boxed{}` -> the content of its last
     box; 27.0 or "27.0" (AMC) -> "27"; "$x$, $y$" -> "x, y"; ["$2$", "$3$"] (OlympiadBench) ->

@@ -5,8 +5,8 @@
     torchrun eval.py --model ... --data ... --resume                              # draws the rest
     python eval.py --rescore runs/eval-Qwen2.5-Math-1.5B/math500.jsonl            # without a model
 
-OUT holds NAME.jsonl for each benchmark, a line a sample; protocol.json, what has to be known to
-repeat the figures; and summary.json, the figures. Training calls `evaluate` for its log.
+OUT holds NAME.jsonl for each benchmark, one line per sample; protocol.json, what has to be known
+to repeat the figures; and summary.json, the figures. Training calls `evaluate` for its log.
 """
 
 import argparse
@@ -34,8 +34,6 @@ from run import positive_int, print0, run_script
 from sampler import EVALUATION, add_sampler_flags, as_rows, draw, load_prompts, make_sampler
 
 # --- metrics -------------------------------------------------------------------------------
-
-
 def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
     """pass@k of each problem, (problems,): the chance that one of k samples is right.
 
@@ -50,7 +48,7 @@ def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
 def majority_scores(answers: list[list[str]], scores: np.ndarray, grader) -> np.ndarray:
     """maj@k of each problem, (problems,): the score of the answer that most of its samples give.
 
-    answers: k a problem, "" for none, which is no vote. scores: (problems, k). Two answers are
+    answers: k per problem, "" for none, which is no vote. scores: (problems, k). Two answers are
     the same if the grader says so; of two with as many votes, the first counts.
     """
     pairs = []  # (problem, one sample, another sample)
@@ -106,7 +104,8 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
 def evaluate(sampler, grader, problems: list[Problem], args: argparse.Namespace) -> dict:
     """The means of `summarise` over --eval-samples samples a problem, for the log.
 
-    The same noise is used at every call: two evaluations of a run differ by the model alone.
+    Every call uses the same seeds: two evaluations of a run differ by the model alone (but for
+    vLLM on CUDA, whose seeds go on).
     """
     k = args.eval_samples
     counts, key = np.full(len(problems), k), (args.seed, EVALUATION, 0)
@@ -130,11 +129,11 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", default=None,
         help=f"benchmarks, with commas between them: {', '.join(BENCHMARKS)}, or files, or hub "
         "data sets name[:config[:split]]")
-    add("--samples", type=positive_int, default=8, help="k, the samples a problem")
+    add("--samples", type=positive_int, default=8, help="k, the samples of each problem")
     add("--limit", type=positive_int, default=None,
         help="use the first problems of each benchmark only")
     add("--out", default=None,
-        help="folder of the evaluation; default: runs/eval-MODEL, and none with --rescore")
+        help="folder of the evaluation; None: runs/eval-MODEL, or with --rescore nothing is kept")
     add("--resume", action="store_true",
         help="draw only what --out does not hold yet; start if it holds nothing")
     add("--rescore", metavar="FILE", default=None,
@@ -179,7 +178,7 @@ def start_folder(out: Path, protocol: dict, names: list[str]) -> None:
 
 
 def draw_benchmark(path: Path, problems: list[Problem], sampler, grader, args) -> list[dict]:
-    """--samples rows a problem, in order: those that `path` holds, and new ones, appended to it."""
+    """--samples rows per problem, in order: what `path` holds, and new ones, appended to it."""
     rows = read_rows(path) if path.exists() else []
     references = {problem.id: problem.answer for problem in problems}
     if any(references.get(row["problem"]) != row["reference"] for row in rows):
@@ -206,7 +205,7 @@ def draw_all(args: argparse.Namespace, out: Path, grader, device) -> tuple[dict,
     """(protocol, rows by benchmark) of all that --data names."""
     specs = {Path(spec).stem: spec for spec in args.data.split(",")}
     if len(specs) < len(args.data.split(",")):
-        raise InputError(f"--data {args.data}: two names end alike, and would be one file; rename")
+        raise InputError(f"--data {args.data}: two end alike, and would be one file; rename one")
     model, tokenizer = load_model(args, device)
     problems = {}
     for name, spec in specs.items():
@@ -246,7 +245,7 @@ def rescore(path: Path, out: Path | None, grader) -> tuple[dict, dict]:
 
 
 def as_table(results: dict[str, dict]) -> str:
-    """Markdown, a line a benchmark: mean ± standard error of each metric."""
+    """Markdown, one line per benchmark: mean ± standard error of each metric."""
     lines = [["benchmark", *next(iter(results.values()))]]
     lines.append(["---"] * len(lines[0]))
     for name, result in results.items():

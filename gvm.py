@@ -1,10 +1,10 @@
-"""The E-step: a pilot tells each prompt's p and G, and GVM spends the budget accordingly.
+"""The E-step: a pilot tells the p and G of each prompt, and GVM spends the budget accordingly.
 
     torchrun gvm.py --out table.jsonl                             # the toy, on a CPU
     torchrun --nproc-per-node 8 gvm.py --model Qwen/Qwen2.5-Math-1.5B --data gsm8k --out t.jsonl
 
 `draw_step` is what training calls in every step. Run alone, this script writes the allocation
-table of a data set: a line a problem, with what its samples told of it and how many it got.
+table of a data set: one line per problem, what its samples told of it and how many it got.
 """
 
 import argparse
@@ -23,40 +23,37 @@ from sampler import problems_of_step
 
 
 def gvm_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
-    """Weights, (prompts,) as p, for the log-likelihood of right answers: Proposition 1."""
+    """Proposition 1, for the log-likelihood of right answers. All arrays are (prompts,)."""
     return gvm_weights(p, norm_right, args.alpha, args.beta)
 
 
 def reward_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
-    """Weights, (prompts,) as p, for the expected reward, divided by its std or not: for GRPO."""
+    """For the expected reward, which GRPO maximises; its advantages may be divided by the std."""
     return reward_weights(p, norm_right, norm_wrong, normalize_std=args.advantage == "grpo")
 
 
-RULES = {"gvm": gvm_rule, "reward": reward_rule}  # --allocator; "uniform" needs no rule
+# --allocator; "uniform" needs no rule. A rule weighs each prompt by itself: with --shrink it is
+# asked for the weights at one p after another, the same for all prompts, and averaged.
+RULES = {"gvm": gvm_rule, "reward": reward_rule}
 
 
 def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     """The problems, and how samples are spread over them."""
     add = parser.add_argument_group("problems and budget").add_argument
-    add("--data", default=str(TOY / "train.jsonl"),
-        help="a file, a benchmark's name, or a hub data set name[:config[:split]]")
+    add("--data", default=str(TOY / "train.jsonl"), help="file, benchmark, or hub name[:config]")
     add("--split", default="train", help="split of --data, if it is a hub data set that names none")
-    add("--samples-per-prompt", type=positive_int, default=8,
-        help="the budget, on average over prompts; it includes a pilot that is trained on")
+    add("--samples-per-prompt", type=positive_int, default=8, help="mean, a reused pilot included")
     add("--allocator", choices=["uniform", *RULES], default="gvm",
         help="uniform: equal counts; gvm: the paper's rule, for RAFT; reward: for GRPO")
-    add("--pilot-samples", type=positive_int, default=2,
-        help="N', samples of each prompt to estimate p and G from; the paper: 8 or 32")
-    add("--rounds", type=positive_int, default=3,
-        help="parts in which the rest is spent, p and G estimated anew before each; the paper: 1")
+    add("--pilot-samples", type=positive_int, default=2, help="N' per prompt; the paper: 8 or 32")
+    add("--rounds", type=positive_int, default=3, help="parts of what the pilot leaves; paper: 1")
     add("--e-step-every", type=positive_int, default=1,
-        help="steps that a pilot serves; above 1 it only informs, beside the budget; the paper: 9")
+        help="steps that a pilot serves; above 1 it only informs, on top of the budget; paper: 9")
     add("--shrink", action=argparse.BooleanOptionalAction, default=True,
         help="average over all p that the samples allow; the paper takes right/drawn: --no-shrink")
     add("--cost", choices=["samples", "tokens"], default="samples", help="what the budget counts")
-    add("--alpha", type=non_negative, default=0.01,
-        help="Eq. 7: more of it spends less on prompts that are hardly solved; the paper: 0.001")
-    add("--beta", type=number(float, low=2), default=2.0, help="Eq. 7: the power of p")
+    add("--alpha", type=non_negative, default=0.01, help="Eq. 7 damps small p; the paper: 0.001")
+    add("--beta", type=number(float, low=2), default=2.0, help="the power of p in Eq. 7")
     add("--weighting", choices=["prompt", "token", "sequence"], default="prompt",
         help="what a sample weighs in the loss: see raft.loss_weights")
     add("--advantage", choices=["grpo", "dr", "loo"], default="grpo", help="see grpo.py")
@@ -70,33 +67,33 @@ def check_budget(args: argparse.Namespace, objective: str | None = None) -> None
         raise InputError("--samples-per-prompt is below --pilot-samples, which it includes")
     if args.e_step_every > 1 and args.rounds > 1:
         raise InputError("--e-step-every above 1 does not spend in rounds: add --rounds 1")
-    fitting = {"raft": "gvm", "grpo": "reward"}.get(objective, args.allocator)
-    if args.allocator != fitting:
+    fitting = {"raft": "gvm", "grpo": "reward"}
+    if objective in fitting and args.allocator in set(fitting.values()) - {fitting[objective]}:
         print0(f"warning: --allocator {args.allocator} fits another gradient estimator; "
-               f"here {fitting} does")
+               f"here {fitting[objective]} does")
 
 
 def estimate(samples: list[Sample], problems: list[Problem], weighting: str) -> dict:
-    """What samples say of their problems: a table, (problems,) a column.
+    """What samples say of their problems: a table of columns, (problems,) each.
 
     norm_right, norm_wrong: root mean squares over right and over wrong samples, 0 without any, as
     in the derivation (Algorithm 2 writes the mean). mean_length: of the responses, in tokens.
     """
-    position = {problem.id: i for i, problem in enumerate(problems)}
-    owners = np.array([position[sample.problem] for sample in samples])  # (samples,), as the next
+    row_of = {problem.id: row for row, problem in enumerate(problems)}
+    rows = np.array([row_of[sample.problem] for sample in samples])  # (samples,), like the next
     is_right = np.array([sample.reward > 0 for sample in samples])
     lengths = np.array([len(sample.response_ids) for sample in samples])
-    norms = np.array([sample.grad_norm for sample in samples])
+    norms = np.array([sample.head_grad_norm for sample in samples])
     if weighting == "sequence":  # divides a response's loss, and so its gradient, by its length
         norms = norms / lengths
 
     def total(values: np.ndarray) -> np.ndarray:
-        """(samples,) to (problems,)"""
-        return np.bincount(owners, values, minlength=len(problems))
+        """The sum over each problem's samples: (samples,) to (problems,)."""
+        return np.bincount(rows, values, minlength=len(problems))
 
     num_drawn, num_right = total(np.ones(len(samples))), total(is_right)
     return {
-        "id": np.array(list(position)),
+        "id": np.array(list(row_of)),
         "num_right": num_right.astype(int),
         "num_drawn": num_drawn.astype(int),
         "norm_right": np.sqrt(total(norms**2 * is_right) / np.maximum(num_right, 1)),
@@ -106,7 +103,7 @@ def estimate(samples: list[Sample], problems: list[Problem], weighting: str) -> 
 
 
 def allocation_weights(table: dict, args: argparse.Namespace) -> np.ndarray:
-    """The weights that --allocator's rule gives to the problems of a table, (problems,)."""
+    """What --allocator's rule makes of a table: weights, (problems,)."""
     rule = partial(RULES[args.allocator], args=args)
     norms = table["norm_right"], table["norm_wrong"]
     if args.shrink:
@@ -114,82 +111,88 @@ def allocation_weights(table: dict, args: argparse.Namespace) -> np.ndarray:
     return rule(table["num_right"] / table["num_drawn"], *norms)
 
 
-def plan_round(table: dict, reused: np.ndarray, rounds_left: int, args) -> np.ndarray:
+def plan_round(table: dict, already: np.ndarray, rounds_left: int, args) -> np.ndarray:
     """How many samples each problem shall have after this round, (problems,).
 
-    reused: how many of those it has, (problems,). A round spends an equal part of what is left of
-    the budget. With --cost tokens, a sample costs the mean response tokens of its problem.
+    already: how many it has, (problems,). A round spends an equal part of what is left. With
+    --cost tokens, a sample costs the mean response tokens of its problem.
     """
-    prices = table["mean_length"] if args.cost == "tokens" else np.ones(len(reused))
-    spent = prices @ reused
+    prices = table["mean_length"] if args.cost == "tokens" else np.ones(len(already))
+    spent = prices @ already
     left = max(args.samples_per_prompt * prices.sum() - spent, 0)
     budget = spent + left / rounds_left
-    return allocate(table["weights"], budget, min_samples=reused, prices=prices)
+    return allocate(table["weights"], budget, min_samples=already, prices=prices)
 
 
-def e_step(problems: list[Problem], draw_more, score, args) -> tuple[dict, list[Sample]]:
+def e_step(problems: list[Problem], draw_samples, score, args, *, spend_all=True) -> tuple:
     """Algorithm 2: draw a pilot; then estimate, allocate and draw, --rounds times.
 
-    draw_more(problems, counts, first_index): graded samples. score(samples): fills in their
-    old_logprobs and grad_norm. Returns the table that the last round was planned with, that of
-    `estimate` with "weights" and "counts", the samples of each problem in all; and the samples.
-    With --e-step-every above 1 there is only the pilot, and "counts" comes on top of it.
+    draw_samples(problems, counts, first_index): graded samples. score(samples): fills in their
+    old_logprobs and head_grad_norm. Returns the table of the last round, that of `estimate` with
+    "weights" and "counts", how many samples each problem has in the end; and the samples. The last
+    round is drawn only to spend_all; with --e-step-every above 1 the pilot is all that is drawn.
     """
-    reuse = args.e_step_every == 1
-    counts = np.full(len(problems), args.pilot_samples)
-    samples = draw_more(problems, counts, first_index=0)
+    pilot_counts = np.full(len(problems), args.pilot_samples)
+    samples = draw_samples(problems, pilot_counts, first_index=0)
+    is_reused = args.e_step_every == 1
+    already = pilot_counts if is_reused else np.zeros_like(pilot_counts)
     for rounds_left in range(args.rounds, 0, -1):
         score([sample for sample in samples if sample.old_logprobs is None])
         table = estimate(samples, problems, args.weighting)
         table["weights"] = allocation_weights(table, args)
-        table["counts"] = plan_round(table, counts if reuse else 0 * counts, rounds_left, args)
-        if reuse:
-            samples += draw_more(problems, table["counts"] - counts, first_index=counts)
-            counts = table["counts"]
+        table["counts"] = plan_round(table, already, rounds_left, args)
+        if is_reused and (spend_all or rounds_left > 1):
+            samples += draw_samples(problems, table["counts"] - already, first_index=already)
+            already = table["counts"]
     return table, samples
 
 
-def e_step_tools(policy: Policy, sampler, grader, step: int, args) -> tuple:
-    """(draw_more, score), as `e_step` wants them, for samples to train on in this step."""
+def bind_tools(policy: Policy, sampler, grader, step: int, args) -> tuple:
+    """(draw_samples, score), as `e_step` wants them, for samples to train on in this step."""
     key, tokens = (args.seed, TRAINING, step), args.tokens_per_micro_batch
-    draw_more = partial(draw, sampler, grader, seed_key=key, temperature=args.temperature)
-    return draw_more, partial(fill_logprobs, policy, max_tokens=tokens, with_norms=True)
+    draw_samples = partial(draw, sampler, grader, seed_key=key, temperature=args.temperature)
+    return draw_samples, partial(fill_logprobs, policy, max_tokens=tokens, with_norms=True)
+
+
+def plan_steps(problems: list[Problem], step: int, draw_samples, score, args) -> tuple:
+    """One E-step for --e-step-every steps, from `step` on: (its plan, JSON-ready; the pilot)."""
+    last_step, ahead = step + args.e_step_every - 1, {}  # by id: if it comes twice, counts twice
+    for later in range(step, last_step + 1):
+        ahead |= {problem.id: problem for problem in problems_of_step(problems, later, args)}
+    table, pilot = e_step(list(ahead.values()), draw_samples, score, args)
+    columns = {name: column.tolist() for name, column in table.items()}
+    return {"last_step": last_step, "table": columns}, pilot
 
 
 def draw_step(problems, step: int, plan: dict | None, *, policy, sampler, grader, args) -> tuple:
     """Draw one step: (its problems, samples to train on, metrics, the plan for the next step).
 
-    --e-step-every K = 1: an E-step for this step, and no plan. K > 1: an E-step over the problems
-    of K steps makes the plan, its table, JSON-ready; their samples are drawn step by step, from the
-    policy of that step. (A problem that a new epoch brings twice gets its count both times.)
+    Only --e-step-every above 1 has a plan. Its samples are drawn from the policy of their step.
     """
-    batch, pilot = problems_of_step(problems, step, args), []
-    draw_more, score = e_step_tools(policy, sampler, grader, step, args)
+    batch, table, pilot = problems_of_step(problems, step, args), None, []
+    draw_samples, score = bind_tools(policy, sampler, grader, step, args)
     if args.allocator == "uniform":
-        samples = draw_more(batch, np.full(len(batch), args.samples_per_prompt))
-        return batch, samples, describe(batch, samples, pilot), None
-    if args.e_step_every == 1:
-        table, samples = e_step(batch, draw_more, score, args)
-        return batch, samples, describe(batch, samples, pilot) | describe_table(table, args), None
-    if plan is None or step >= plan["first_step"] + args.e_step_every:
-        ahead = {}  # by id
-        for later in range(step, step + args.e_step_every):
-            ahead |= {problem.id: problem for problem in problems_of_step(problems, later, args)}
-        table, pilot = e_step(list(ahead.values()), draw_more, score, args)
-        columns = {name: column.tolist() for name, column in table.items()}
-        plan = {"first_step": step, "table": columns}
-    row_of = {problem_id: row for row, problem_id in enumerate(plan["table"]["id"])}
-    rows = [row_of[problem.id] for problem in batch]
-    table = {name: np.array(column)[rows] for name, column in plan["table"].items()}
-    samples = draw_more(batch, table["counts"], first_index=table["num_drawn"])  # after the pilot's
-    return batch, samples, describe(batch, samples, pilot) | describe_table(table, args), plan
+        samples = draw_samples(batch, np.full(len(batch), args.samples_per_prompt))
+    elif args.e_step_every == 1:
+        table, samples = e_step(batch, draw_samples, score, args)
+    else:
+        ids = [problem.id for problem in batch]
+        if not plan or step > plan["last_step"] or not set(ids) <= set(plan["table"]["id"]):
+            plan, pilot = plan_steps(problems, step, draw_samples, score, args)
+        rows = [plan["table"]["id"].index(problem_id) for problem_id in ids]
+        table = {name: np.array(column)[rows] for name, column in plan["table"].items()}
+        samples = draw_samples(batch, table["counts"], first_index=table["num_drawn"])
+    metrics = describe(batch, samples, pilot)
+    if table is not None:
+        metrics |= describe_table(table, args)
+    return batch, samples, metrics, plan
 
 
 def describe_table(table: dict, args) -> dict:
     """Metrics of an allocation, by its own estimates, against uniform counts at the same cost.
 
-    predicted_variance: sum_i w_i^2 / n_i over uniform's; None if that is unknown, as all weights
-    are 0, or infinite. It is optimistic: it believes the very samples that may mislead.
+    predicted_variance: sum_i w_i^2 / n_i over uniform's; None if unknown or infinite. Optimistic:
+    it believes the very samples that may mislead.
     """
     even = args.samples_per_prompt + (args.pilot_samples if args.e_step_every > 1 else 0)
     counts, lengths, moments = table["counts"], table["mean_length"], table["weights"] ** 2
@@ -206,13 +209,12 @@ def describe_table(table: dict, args) -> dict:
 
 def add_table_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this script alone."""
-    add = parser.add_argument_group("table").add_argument
-    add("--limit", type=positive_int, help="use only so many of the first problems of --data")
-    add("--out", required=True, help="the table to write, JSON lines; must not exist")
+    parser.add_argument("--limit", type=positive_int, help="use the first problems of --data only")
+    parser.add_argument("--out", required=True, help="the table to write; must not exist")
 
 
 def main(argv=None) -> None:
-    """Write a line a problem: id, p and the columns of e_step; print a summary."""
+    """Write one line per problem, p and the columns of e_step; print a summary."""
     args = parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_budget_flags,
                        add_memory_flags, add_table_flags)
     if args.allocator == "uniform":
@@ -224,15 +226,13 @@ def main(argv=None) -> None:
     problems = load_prompts(args.data, args.split, tokenizer, args, args.limit)
     policy, sampler = Policy(model, args.temperature), make_sampler(model, tokenizer, args)
     with Grader() as grader:
-        draw_more, score = e_step_tools(policy, sampler, grader, step=1, args=args)
-        table, samples = e_step(problems, draw_more, score, args)
+        draw_samples, score = bind_tools(policy, sampler, grader, step=1, args=args)
+        table, _ = e_step(problems, draw_samples, score, args, spend_all=False)
     counts, ratio = table["counts"], describe_table(table, args)["predicted_variance"]
     table["p"] = table["num_right"] / table["num_drawn"]
-    columns = [column.tolist() for column in table.values()]
-    rows = [dict(zip(table, row)) for row in zip(*columns)]
-    on_rank0(append_rows, Path(args.out), rows)
-    print0(f"drawn: {len(samples)} samples, {np.mean([s.reward for s in samples]):.3f} right")
-    print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} a problem")
+    rows = zip(*(column.tolist() for column in table.values()))
+    on_rank0(append_rows, Path(args.out), [dict(zip(table, row)) for row in rows])
+    print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} per problem")
     print0("predicted variance against uniform:", "unknown" if ratio is None else f"{ratio:.3f}")
 
 

@@ -23,7 +23,7 @@ from run import gather, number, positive_int, print0
 
 HEAD_CHUNK = 512  # tokens whose logits, (tokens, vocabulary) in fp32, are held at once
 # Config entries by which models change their logits after the head (Gemma 2, Cohere, Granite).
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+LOGIT_CHANGES = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -105,8 +105,8 @@ class Policy(nn.Module):
         """(log-probs of the response tokens, gradient norms of the responses or None).
 
         input_ids, attention_mask, response_mask: (batch, time), padded on the right. Log-probs:
-        (tokens,), row after row. with_norms: also ||grad_W -sum_t ln pi(y_t)|| of each row,
-        (batch,), from the same forward pass; the log-probs then carry no gradient.
+        (tokens,), row after row. with_norms: also the norm of the gradient of each row's
+        -sum_t ln pi(y_t) with respect to W, (batch,); there is then no backward pass.
         """
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
             output = self.model.base_model(
@@ -179,20 +179,20 @@ def distribute(policy: Policy) -> DistributedDataParallel:
     return wrapped
 
 
-def micro_batches(samples: list, ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """For each rank its micro-batches, lists of indices into `samples`; as many on every rank.
+def micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """For each rank its micro-batches, lists of indices; equally many for every rank.
 
-    samples: anything with a length in tokens. They are dealt by length, so that ranks have equal
+    lengths: of the samples, in tokens. They are dealt by length, so that ranks have equal
     work and rows little padding. A micro-batch is padded to its longest row, its first, and then
     has at most `max_tokens` tokens, or one row. Ranks that run out get empty ones: all ranks must
     go through as many forward and backward passes, or they wait for each other for ever.
     """
-    by_length = sorted(range(len(samples)), key=lambda i: -len(samples[i]))
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     shares = []
     for rank in range(ranks):
         left, batches = by_length[rank::ranks], []
         while left:
-            rows = max(max_tokens // len(samples[left[0]]), 1)
+            rows = max(max_tokens // lengths[left[0]], 1)
             batches.append(left[:rows])
             left = left[rows:]
         shares.append(batches)
@@ -215,11 +215,12 @@ def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tens
 def fill_logprobs(
     policy: Policy, samples: list[Sample], max_tokens: int, with_norms=False, into="old_logprobs"
 ) -> None:
-    """Fill in an attribute of each sample, its log-probs under `policy`; and grad_norm on request.
+    """Fill in an attribute of each sample with its log-probs; with_norms: head_grad_norm as well.
 
     The work is shared out over the ranks, at most `max_tokens` padded tokens at a time.
     """
-    mine = micro_batches(samples, dist.get_world_size(), max_tokens)[dist.get_rank()]
+    lengths = [sample.total_tokens for sample in samples]
+    mine = micro_batches(lengths, dist.get_world_size(), max_tokens)[dist.get_rank()]
     scored = []
     for rows in filter(None, mine):
         batch = [samples[i] for i in rows]
@@ -230,7 +231,7 @@ def fill_logprobs(
     for i, logprobs, norm in gather(scored):
         setattr(samples[i], into, logprobs)
         if with_norms:
-            samples[i].grad_norm = norm
+            samples[i].head_grad_norm = norm
 
 
 def per_token(samples: list[Sample], name: str, device: torch.device) -> torch.Tensor:

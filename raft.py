@@ -1,4 +1,4 @@
-"""RAFT and RAFT++ with GVM sampling: the M-step and the training loop. This is *the* script.
+"""RAFT and RAFT++ with GVM sampling: the M-step and the training loop. The main script.
 
     torchrun raft.py                                      # the toy, on a CPU, in minutes
     torchrun raft.py --allocator uniform                  # what GVM is compared with
@@ -35,8 +35,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("objective").add_argument
     add("--objective", choices=OBJECTIVES, default="raft", help="which samples are trained on")
     add("--loss", choices=LOSSES, default="raft++", help="raft: -A ln pi; raft++: Eq. 8, clipped")
-    add("--clip-low", type=non_negative, default=0.2, help="raft++ clips ratios below 1 - this")
-    add("--clip-high", type=non_negative, default=0.28, help="and above 1 + this; the paper: 0.28")
+    add("--clip-low", type=non_negative, default=0.2, help="raft++: ratio >= 1 - this, if A < 0")
+    add("--clip-high", type=non_negative, default=0.28, help="<= 1 + this, if A > 0; paper: 0.28")
     add("--kl-coef", type=non_negative, default=0.0, help="of the KL to the initial model")
     add("--truncated-is", type=number(float, low=1), metavar="C",
         help="weigh tokens by min(pi_old / sampler's pi, C); for a sampler_gap above 0.01")
@@ -46,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--updates-per-step", type=positive_int, default=2, help="optimizer steps; the paper: 4")
     add("--lr", type=non_negative, default=3e-4, help="of AdamW, constant; the paper: 1e-6")
     add("--weight-decay", type=non_negative, default=0.01, help="of AdamW")
-    add("--grad-clip", type=non_negative, default=1.0, help="largest norm of the gradient")
+    add("--grad-clip", type=number(float, low=1e-6), default=1.0, help="largest gradient norm")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
     add_report_flags(parser)
     run.add_run_flags(parser)
@@ -63,10 +63,10 @@ def loss_weights(samples: list[Sample], used: np.ndarray, num_prompts: int, weig
 
     used: (samples,), what the estimator averages over: right samples in RAFT, all in GRPO.
     With m = num_prompts, solved or not, D_i the used samples of prompt i, T_j the length of j:
-    prompt:   1 / (m |D_i|), Algorithm 1, over the mean T_j, so that learning rates compare. Each
-              prompt counts the same, however many samples it got.
-    token:    1 / sum of all T_j, as released: a prompt counts by the tokens in D_i.
-    sequence: 1 / (sum_i |D_i| T_j), Eq. 8: a prompt counts by |D_i|.
+    prompt:   1 / (m |D_i|), Algorithm 1, over the mean of all T_j, so that learning rates compare.
+              Each prompt counts the same, however many samples it got.
+    token:    1 / the tokens of all samples, wrong ones included, as in the released code.
+    sequence: 1 / (sum_i |D_i| T_j), Eq. 8. Like `token`, it favours prompts with many samples.
     """
     lengths = np.array([len(sample.response_ids) for sample in samples], dtype=float)
     if weighting == "prompt":
@@ -108,8 +108,6 @@ OBJECTIVES = {"raft": raft_objective}
 LOSSES = {"raft": raft_loss, "raft++": clipped_loss}
 
 # --- one step --------------------------------------------------------------------------------
-
-
 def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[list[Sample]]:
     """The samples to train on in each update, with advantage and loss_weight filled in."""
     updates = []
@@ -121,8 +119,8 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
         for sample, advantage, weight in zip(part, advantages, weights):
             sample.advantage, sample.loss_weight = advantage, weight
         # Without an advantage only the KL has a gradient.
-        moving = [sample for sample in part if sample.advantage != 0 or args.kl_coef > 0]
-        updates.append([sample for sample in moving if sample.loss_weight > 0])
+        trained = [sample for sample in part if sample.advantage != 0 or args.kl_coef > 0]
+        updates.append([sample for sample in trained if sample.loss_weight > 0])
     return updates
 
 
@@ -149,16 +147,16 @@ def update(ddp_policy, optimizer, samples: list[Sample], args) -> dict:
         return {"updates_empty": 1}  # on a gradient of 0 AdamW would still move
     num_tokens = sum(len(sample.response_ids) for sample in samples)
     totals = torch.zeros(3, dtype=torch.float64)  # loss, share of clipped tokens, mean KL
-    ranks = dist.get_world_size()
-    batches = micro_batches(samples, ranks, args.tokens_per_micro_batch)[dist.get_rank()]
+    ranks, lengths = dist.get_world_size(), [sample.total_tokens for sample in samples]
+    batches = micro_batches(lengths, ranks, args.tokens_per_micro_batch)[dist.get_rank()]
     ddp_policy.train()
     optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets: keep them
     for i, rows in enumerate(batches):
         ddp_policy.require_backward_grad_sync = i + 1 == len(batches)  # ranks talk once an update
         # A rank that has run out goes on with a stand-in that counts 0, or the others would wait.
-        batch = [samples[j] for j in rows] or [min(samples, key=len)]
+        batch = [samples[j] for j in rows or [np.argmin(lengths)]]
         loss, clipped, kl = micro_batch_loss(ddp_policy, batch, args)
-        terms = torch.stack([loss, clipped / num_tokens, kl / num_tokens]) * bool(rows)
+        terms = torch.stack([loss, clipped / num_tokens, kl / num_tokens]) * (1.0 if rows else 0.0)
         (ranks * terms[0]).backward()  # DDP takes the mean over ranks, the weights want the sum
         totals += terms.detach().cpu()
     dist.all_reduce(totals)
@@ -180,7 +178,7 @@ def train_step(policy, ddp_policy, reference, optimizer, *, problems, samples, a
     if reference is not None:
         fill_logprobs(reference, trained, args.tokens_per_micro_batch, into="ref_logprobs")
     # Update.
-    sums = Counter()
+    sums = Counter()  # a name that is missing counts 0
     for part in updates:
         sums.update(update(ddp_policy, optimizer, part, args))
     metrics = dict(sums)
@@ -191,7 +189,7 @@ def train_step(policy, ddp_policy, reference, optimizer, *, problems, samples, a
 
 def train(args: argparse.Namespace) -> None:
     """The whole run: draw, score, update, evaluate, save; and again."""
-    device, stop = run.join_ranks(), run.StopSignal()
+    stop, device = run.StopSignal(), run.join_ranks()
     check_budget(args, args.objective)
     out = Path(args.out or f"runs/{args.objective}-{args.allocator}-{args.seed}")
     lock = run.claim_folder(out, "args.json", args.resume)
@@ -200,7 +198,8 @@ def train(args: argparse.Namespace) -> None:
     problems = load_prompts(args.data, args.split, tokenizer, args)
     eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args)
     if not args.updates_per_step <= args.prompts_per_step <= len(problems):
-        raise InputError("--prompts-per-step must lie between --updates-per-step and all problems")
+        raise InputError("--prompts-per-step must lie between --updates-per-step and the number "
+                         f"of problems, {len(problems)}")
     policy = Policy(model, args.temperature, args.gradient_checkpointing)
     ddp_policy = distribute(policy)
     reference = Policy(load_model(args, device)[0], args.temperature) if args.kl_coef > 0 else None

@@ -1,8 +1,4 @@
-"""What any script needs, and nothing that is special to GVM: flags, ranks, the folder of a run.
-
-A reader of the method may skip this file. What it promises: bad input ends in one line and exit
-code 2; one process is a group of one rank; a killed run goes on from its last whole checkpoint.
-"""
+"""What any script needs, and nothing that is special to GVM: flags, ranks, the folder of a run."""
 
 import argparse
 import atexit
@@ -29,8 +25,6 @@ from transformers.utils import logging as transformers_logging
 from data import InputError
 
 # --- flags and errors ------------------------------------------------------------------------
-
-
 def number(kind: type, low: float, high: float = math.inf):
     """An argparse type: a finite number of this kind, int or float, from `low` to `high`."""
 
@@ -49,14 +43,9 @@ non_negative = number(float, low=0)
 
 
 def parse_flags(argv: list[str] | None, docstring: str, *add_flags) -> argparse.Namespace:
-    """The flags that the functions `add_flags` declare; argv: by default the command line's.
-
-    --help begins with the first line of the docstring. Raises InputError for a wrong flag.
-    """
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=docstring.splitlines()[0], formatter_class=style, allow_abbrev=False
-    )
+    """The flags that the functions `add_flags` declare; raises InputError for a wrong one."""
+    parser = argparse.ArgumentParser(description=docstring.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def complain(message: str):
         raise InputError(f"{message} (see --help)")
@@ -70,7 +59,7 @@ def parse_flags(argv: list[str] | None, docstring: str, *add_flags) -> argparse.
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Where a run is kept, and how often."""
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder of the run, seen by all nodes (default: runs/SCRIPT-ALLOCATOR-SEED)")
+    add("--out", help="folder of the run, seen by all nodes; None: runs/OBJECTIVE-ALLOCATOR-SEED")
     add("--resume", action="store_true",
         help="continue from the newest checkpoint in --out, or start if there is none")
     add("--save-every", type=positive_int, default=10, help="steps; the last is always saved")
@@ -92,8 +81,6 @@ def run_script(main) -> None:
 
 
 # --- ranks -----------------------------------------------------------------------------------
-
-
 def join_ranks() -> torch.device:
     """Join torchrun's process group, or be a group of one; returns this rank's device."""
     transformers_logging.set_verbosity_error()
@@ -111,7 +98,7 @@ def join_ranks() -> torch.device:
             torch.set_num_threads(1)  # as torchrun does: ranks that share cores get in the way
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(hours=1))  # one rank may draw for long
-        # A vLLM engine may have ended the group already.
+        # A vLLM engine may have ended it already.
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return device
 
@@ -132,7 +119,7 @@ def gather(items: list) -> list:
 def on_rank0(function, *arguments):
     """Call a function that writes to --out on rank 0, and return its result there.
 
-    What it raises is raised on every rank, so that none waits for one that has ended.
+    An InputError or OSError is raised on every rank, so that none waits for one that has ended.
     """
     result, errors = None, []
     if dist.get_rank() == 0:
@@ -188,10 +175,9 @@ class RunState:
 
 
 def claim_folder(out: Path, record: str, resume: bool):
-    """Make and lock `out`; the lock is held as long as the `with` block of what this returns.
+    """Make `out`, and lock it for the `with` block of what this returns. Called on all ranks.
 
-    record: the file that marks a run in it. Raises InputError if it is there and `resume` is not
-    set, and if another process is running there. Called on all ranks.
+    InputError if it holds a `record` but `resume` is not set, or another process is running there.
     """
 
     def lock_folder():
@@ -255,6 +241,8 @@ def save_checkpoint(out: Path, state: RunState, model, optimizer, tokenizer, kee
     It is written beside and renamed, so it is there whole or not at all. Called on all ranks.
     """
     weights, moments = state_dicts.get_model_state_dict(model, options=WHOLE), None
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    weights = {name: weights[name] for name in names & weights.keys()}  # a tied head only once
     if optimizer.state:  # it has none before its first step, and asking would make a step
         moments = state_dicts.get_optimizer_state_dict(model, optimizer, options=WHOLE)
 
@@ -268,24 +256,32 @@ def save_checkpoint(out: Path, state: RunState, model, optimizer, tokenizer, kee
             torch.save(moments, partial / "optimizer.pt")
         sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
         (partial / "state.json").write_text(json.dumps({"state": asdict(state), "sizes": sizes}))
-        shutil.rmtree(final, ignore_errors=True)  # a broken one that --resume passed over
+        shutil.rmtree(final, ignore_errors=True)  # a broken one that was passed over
         partial.rename(final)
-        for old in sorted(out.glob("checkpoints/step-??????"))[:-keep]:
-            shutil.rmtree(old)
+        saved = sorted(out.glob("checkpoints/step-??????"))
+        kept = [path for path in saved if path <= final][-keep:]  # later ones were passed over
+        for path in set(saved) - set(kept):
+            shutil.rmtree(path)
 
     on_rank0(write)
 
 
 def newest_checkpoint(out: Path) -> tuple[Path | None, RunState]:
-    """The newest whole checkpoint and its state, or (None, a fresh state); warns of broken ones."""
-    for path in sorted(out.glob("checkpoints/step-??????"), reverse=True):
+    """The newest whole checkpoint and its state; (None, a new state) if there is none.
+
+    Warns of broken ones; raises InputError if all are.
+    """
+    saved = sorted(out.glob("checkpoints/step-??????"), reverse=True)
+    for path in saved:
         try:
             record = json.loads((path / "state.json").read_text())
             if all((path / n).stat().st_size == size for n, size in record["sizes"].items()):
                 return path, RunState(**record["state"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass  # as good as a file of the wrong size
         print0(f"warning: {path} is incomplete, trying the one before")
+    if saved:
+        raise InputError(f"--resume: no checkpoint in {out} is whole; choose another --out")
     return None, RunState()
 
 
@@ -293,5 +289,9 @@ def load_optimizer(checkpoint: Path, model, optimizer) -> None:
     """Load the optimizer's state from a checkpoint, if it had one. Called on all ranks."""
     path = checkpoint / "optimizer.pt"
     if path.exists():
+        flags = {name: optimizer.param_groups[0][name] for name in ("lr", "weight_decay")}
         moments = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state_dicts.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
+        optimizer.param_groups[0].update(flags)  # they win over those of the checkpoint
+        for state in optimizer.state.values():  # copies: the file may be deleted, not stay mapped
+            state.update({name: value.clone() for name, value in state.items()})

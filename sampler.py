@@ -38,7 +38,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_prompts(spec: str, split: str, tokenizer, args, limit=None) -> list[Problem]:
-    """The problems of a data set, encoded; those over --max-prompt-tokens are dropped, aloud."""
+    """The problems of a data set, encoded; says how many are dropped, over --max-prompt-tokens."""
     problems, most = load_problems(spec, split, limit), args.max_prompt_tokens
     problems = [replace(p, prompt_ids=encode_prompt(tokenizer, p)) for p in problems]
     fitting = [problem for problem in problems if len(problem.prompt_ids) <= most]
@@ -64,7 +64,7 @@ def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
 def gumbel_max(logits: torch.Tensor, generators: list[torch.Generator], temperature: float):
     """Tokens drawn from softmax(logits / temperature), and their log-probs, (batch,) each.
 
-    logits: (batch, vocabulary); generators: one a row. With Gumbel noise g_v, argmax_v ln p_v +
+    logits: (batch, vocabulary); generators: one per row. With Gumbel noise g_v, argmax_v ln p_v +
     g_v is a draw from p. Inverting the cumulative distribution would take less noise, but rounding,
     which differs from batch to batch, shifts all of its edges; here it rarely changes a token.
     Temperature 0 takes the most likely token.
@@ -105,7 +105,7 @@ class HfSampler:
         drawn = []  # (token ids, log-probs), (batch,) each, for each position
 
         def draw_token(_, logits: torch.Tensor) -> torch.Tensor:
-            """A logits processor that draws itself: what greedy decoding must take gets 1."""
+            """A logits processor that draws a token; greedy decoding then takes it, the only 1."""
             drawn.append(gumbel_max(logits, generators, temperature))
             return torch.zeros_like(logits).scatter(1, drawn[-1][0][:, None], 1.0)
 
@@ -124,7 +124,7 @@ class HfSampler:
 
 
 class VllmSampler:
-    """One vLLM engine a rank, in the trainer's process; it takes the trainer's weights every time.
+    """One vLLM engine per rank, in the trainer's process, given the trainer's weights every time.
 
     On a CPU each sample has a seed of its own. On CUDA that would leave vLLM's fast sampling
     kernel, for nothing, since rounding depends on the batch there anyway: an engine has one seed.
@@ -204,8 +204,8 @@ def make_sampler(model, tokenizer, args):
         return SAMPLERS[name](model, tokenizer, args)
     except (ImportError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--sampler {args.sampler}: {reason}; see GPU nodes in README, or use "
-                         "--sampler hf") from error
+        raise InputError(f"--sampler {args.sampler}: {reason}; on GPU nodes pip install "
+                         "vllm==0.32.0, elsewhere use --sampler hf") from error
 
 
 def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[int, ...],
@@ -213,8 +213,8 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
     """Draw counts[i] graded samples of problems[i]: the same list, in their order, on every rank.
 
     counts: (problems,). seed_key: (seed, purpose, step). first_index: the number of the first
-    sample of each problem, one for all or (problems,). The requests are cut into one equal part
-    a rank, so the order in which they are gathered does not depend on the number of ranks.
+    sample of each problem, one for all or (problems,). The requests are cut into an equal part for
+    each rank, so the order in which they are gathered does not depend on the number of ranks.
     """
     first_indices = np.broadcast_to(first_index, len(problems)).tolist()
     requests = []  # (problem, index of the sample)

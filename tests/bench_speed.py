@@ -4,8 +4,8 @@
     python tests/bench_speed.py MODEL PROBLEMS                 # and another model, on a file of problems
 
 Prints, for each model: gradient norms in closed form against one autograd call a sample; what the norms add to the
-forward pass that yields the log-probs; trained tokens per second. And for 1,000,000 prompts, the weights by posterior,
-and the allocation of 8,000,000 samples with its peak memory.
+forward pass that yields the log-probs; trained tokens per second. And for 100,000 prompts, the weights by posterior,
+and the allocation of 800,000 samples with its peak memory.
 """
 
 import sys
@@ -62,7 +62,7 @@ def forward(policy: Policy, samples: list[Sample], budget: int, norms: bool) -> 
     """Log-probs of all samples without gradients, and their norms on request."""
     found = [0.0] * len(samples)
     with torch.no_grad():
-        for rows in micro_batches(samples, 1, budget)[0]:
+        for rows in micro_batches([sample.total_tokens for sample in samples], 1, budget)[0]:
             _, values = policy(**collate([samples[i] for i in rows], torch.device("cpu")), with_norms=norms)
             for i, value in zip(rows, values if norms else [0.0] * len(rows)):
                 found[i] = float(value)
@@ -96,17 +96,17 @@ def bench_model(name: str, args, number: int, repeats: int) -> None:
 
 def bench_allocator() -> None:
     """Print time and peak memory for a million prompts."""
-    generator, ones = np.random.default_rng(0), np.ones(1_000_000)
-    right, drawn = generator.binomial(4, generator.beta(0.5, 0.5, 1_000_000)), 4 * ones
+    generator, ones = np.random.default_rng(0), np.ones(100_000)
+    right, drawn = generator.binomial(4, generator.beta(0.5, 0.5, 100_000)), 4 * ones
     taken = seconds(lambda: posterior_weights(lambda p, *norms: gvm_weights(p, norms[0]), right, drawn, ones, ones), 1)
-    print(f"posterior_weights: 1,000,000 prompts, 4 samples each: {taken:.2f} s")
-    weights = np.exp(2 * generator.normal(size=1_000_000))
-    taken = seconds(lambda: allocate(weights, 8_000_000), 3)
+    print(f"posterior_weights: 100,000 prompts, 4 samples each: {taken:.2f} s")
+    weights = np.exp(2 * generator.normal(size=100_000))
+    taken = seconds(lambda: allocate(weights, 800_000), 3)
     tracemalloc.start()
-    allocate(weights, 8_000_000)
+    allocate(weights, 800_000)
     peak = tracemalloc.get_traced_memory()[1] / 2**20
     tracemalloc.stop()
-    print(f"allocate: 1,000,000 prompts, 8,000,000 samples: {taken:.2f} s, {peak:.0f} MiB at the peak")
+    print(f"allocate: 100,000 prompts, 800,000 samples: {taken:.2f} s, {peak:.0f} MiB at the peak")
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.n
     args = flags(*ESTIMATORS[estimator], *RULES[rule], *sys.argv[1:])
     problems, generator = [pool.problems[i] for i in chosen], np.random.default_rng(1)
 
-    def draw_more(_, counts, first_index=0) -> list[Sample]:
+    def draw_samples(_, counts, first_index=0) -> list[Sample]:
         places = [generator.choice(pool.places[i], count) for i, count in zip(chosen, counts)]
         return [pool.samples[place] for place in np.concatenate(places)]
 
@@ -129,9 +129,9 @@ def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.n
     found = np.zeros((ESTIMATES, SKETCH))
     for row in found:
         if rule in ("uniform", "oracle"):
-            samples = draw_more(problems, fixed)
+            samples = draw_samples(problems, fixed)
         else:
-            _, samples = e_step(problems, draw_more, lambda unscored: None, args)
+            _, samples = e_step(problems, draw_samples, lambda unscored: None, args)
         advantages, used = OBJECTIVES[args.objective](samples, args)
         weights = loss_weights(samples, used, len(problems), args.weighting)
         mean_length = np.mean([len(sample.response_ids) for sample in samples])  # a common scale: taken out again

@@ -299,6 +299,7 @@ def test_allocation_ignores_the_scale_of_the_weights_and_follows_their_order():
     ({"budget": 4, "min_samples": -1}, "min_samples"),
     ({"budget": 4, "min_samples": [1, 1, 1]}, "min_samples"),
     ({"budget": 4, "max_samples": 2.5}, "max_samples"),
+    ({"budget": np.inf, "prices": [1.0, 1.0]}, "budget"),
 ])
 def test_allocation_refuses_bounds_that_cannot_be_met(keywords, named):
     with pytest.raises(ValueError, match=named):

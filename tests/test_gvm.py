@@ -8,7 +8,7 @@ from conftest import flags, make_sample, run_script
 
 from allocator import allocate, gvm_weights, posterior_weights, reward_weights
 from data import InputError, Problem
-from gvm import check_budget, describe_table, draw_step, e_step, e_step_tools, estimate
+from gvm import check_budget, describe_table, draw_step, e_step, bind_tools, estimate
 from model import Policy
 from sampler import HfSampler, problems_of_step
 
@@ -21,7 +21,7 @@ def tools(device, model_and_tokenizer, grader):
 
 def test_estimate_by_hand():
     kinds = zip([0, 2, 0, 0, 2], [1, 0, 0, 1, 0], [1.0, 3.0, 5.0, 7.0, 4.0], [2, 4, 6, 1, 8])
-    samples = [make_sample(i, float(right), [1] * length, grad_norm=norm) for i, right, norm, length in kinds]
+    samples = [make_sample(i, float(right), [1] * length, head_grad_norm=norm) for i, right, norm, length in kinds]
     problems = [Problem(i, "", "") for i in range(3)]
     table = estimate(samples, problems, "prompt")
     assert table["num_right"].tolist() == [2, 0, 0] and table["num_drawn"].tolist() == [3, 0, 2]
@@ -60,15 +60,15 @@ def rms(values) -> float:
 ])
 def test_e_step_estimates_p_and_g_and_spends_the_budget(tools, problems, words):
     args = flags("--pilot-samples", 4, "--samples-per-prompt", 6, *words)
-    table, everything = e_step(problems[:16], *e_step_tools(*tools, 1, args), args)
+    table, everything = e_step(problems[:16], *bind_tools(*tools, 1, args), args)
     samples = [s for s in everything if s.old_logprobs is not None]  # the last round has told nothing
     assert len({(s.problem, s.index) for s in everything}) == len(everything) == 96
     assert len(samples) == 64 + 16 * (args.rounds - 1)
     for i, problem in enumerate(problems[:16]):
         mine = [s for s in samples if s.problem == problem.id]
-        norms = {kind: [s.grad_norm / (len(s.response_ids) if args.weighting == "sequence" else 1)
+        norms = {kind: [s.head_grad_norm / (len(s.response_ids) if args.weighting == "sequence" else 1)
                         for s in mine if s.reward == kind] for kind in (0, 1)}
-        assert (table["num_right"][i], table["num_drawn"][i]) == (len(norms[1]), len(mine)) and all(s.grad_norm for s in mine)
+        assert (table["num_right"][i], table["num_drawn"][i]) == (len(norms[1]), len(mine)) and all(s.head_grad_norm for s in mine)
         assert table["norm_right"][i] == pytest.approx(rms(norms[1]))
         assert table["norm_wrong"][i] == pytest.approx(rms(norms[0]))
         assert table["mean_length"][i] == np.mean([len(s.response_ids) for s in mine])
@@ -87,13 +87,13 @@ def test_rounds_each_take_an_equal_part_and_learn_from_the_last(problems):
     luck, requests, scored = np.random.default_rng(0).random((9, 500)), [], []
     args = flags("--pilot-samples", 1, "--samples-per-prompt", 9, "--rounds", 4)
 
-    def draw_more(_, counts, first_index):
+    def draw_samples(_, counts, first_index):
         requests.append(counts)
         starts = np.broadcast_to(first_index, 9)
-        return [make_sample(problems[i].id, float(luck[i, j] < i / 8), [1] * (i + 1), grad_norm=1.0 + i)
+        return [make_sample(problems[i].id, float(luck[i, j] < i / 8), [1] * (i + 1), head_grad_norm=1.0 + i)
                 for i in range(9) for j in range(starts[i], starts[i] + counts[i])]
 
-    table, samples = e_step(problems[:9], draw_more, scored.append, args)
+    table, samples = e_step(problems[:9], draw_samples, scored.append, args)
     assert [counts.sum() for counts in requests] == [9, 18, 18, 18, 18] and table["counts"].sum() == 81
     assert (table["num_drawn"] == sum(requests[:-1])).all() and len(samples) == 81
     assert (table["counts"] == sum(requests)).all() and len(scored) == 4
@@ -106,7 +106,7 @@ def test_a_budget_of_tokens_is_what_uniform_would_spend(tools, problems):
     words = ["--cost", "tokens", "--pilot-samples", 4, "--rounds", 2]
     for reuse in ([], ["--e-step-every", 2, "--rounds", 1]):
         args = flags(*words, *reuse)
-        table, _ = e_step(problems[:16], *e_step_tools(*tools, 1, args), args)
+        table, _ = e_step(problems[:16], *bind_tools(*tools, 1, args), args)
         budget, spent = 8 * table["mean_length"].sum(), table["mean_length"] @ table["counts"]
         assert budget - table["mean_length"].max() < spent <= budget and table["mean_length"].max() > table["mean_length"].min() + 1
 
@@ -142,7 +142,7 @@ def test_a_step_spends_what_it_says(tools, problems):
 def test_a_plan_allocates_over_its_steps_and_counts_its_pilot(tools, problems):
     words = ["--e-step-every", 3, "--pilot-samples", 2, "--samples-per-prompt", 4, "--rounds", 1]
     results = run_steps(tools, problems, words, 4)
-    assert [plan["first_step"] for _, _, plan in results] == [1, 1, 1, 4]
+    assert [plan["last_step"] for _, _, plan in results] == [3, 3, 3, 6]
     assert sum(len(samples) for samples, _, _ in results[:3]) == 3 * 8 * 4  # the budget, exactly, over the plan
     assert [metrics["samples"] - len(samples) for samples, metrics, _ in results] == [48, 0, 0, 48]  # the pilots
     for (samples, _, plan), step in zip(results, (1, 2, 3)):
@@ -150,6 +150,22 @@ def test_a_plan_allocates_over_its_steps_and_counts_its_pilot(tools, problems):
         for problem in problems_of_step(problems, step, flags("--prompts-per-step", 8)):
             assert sum(s.problem == problem.id for s in samples) == counts[problem.id]
         assert all(s.index >= 2 for s in samples)  # the pilot's own samples are not trained on
+
+
+def test_a_plan_of_other_problems_is_made_anew(tools, problems):
+    words = ["--prompts-per-step", 8, "--e-step-every", 3, "--rounds", 1]
+    (_, _, plan), = run_steps(tools, problems, words, 1)
+    policy, sampler, grader = tools
+    for changed, others in (([], problems[::-1]), (["--seed", 1], problems), (["--prompts-per-step", 16], problems)):
+        args = flags(*words, *changed)
+        batch, samples, _, other = draw_step(others, 2, plan, policy=policy, sampler=sampler, grader=grader, args=args)
+        assert other["last_step"] == 4 and {p.id for p in batch} <= set(other["table"]["id"]) and samples
+
+
+def test_the_last_round_may_be_left_undrawn(tools, problems):
+    args = flags("--pilot-samples", 2, "--samples-per-prompt", 8, "--rounds", 3)
+    table, samples = e_step(problems[:16], *bind_tools(*tools, 1, args), args, spend_all=False)
+    assert table["counts"].sum() == 128 and len(samples) == table["num_drawn"].sum() == 32 + 2 * 32
 
 
 def test_a_plan_may_hold_a_problem_twice(tools, problems):

@@ -29,9 +29,11 @@ def test_modules_are_short_and_imports_run_one_way(path):
 
 
 def test_the_readme_counts_the_lines():
+    """Within 20: a rule or a loss that a reader adds must not turn the tests red."""
+    stated = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text()))
+    assert stated.keys() == {path.name for path in MODULES}
     for path in MODULES:
-        name, lines = path.relative_to(ROOT), len(path.read_text().splitlines())
-        assert f"| `{name}` | {lines} |" in (ROOT / "README.md").read_text()
+        assert abs(int(stated[path.name]) - len(path.read_text().splitlines())) <= 20, path.name
 
 
 def test_only_what_belongs_lies_at_the_top():

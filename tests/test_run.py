@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import flags, run_script
+from conftest import flags
+from safetensors import safe_open
 
 from data import InputError
-from run import RunState, claim_folder, newest_checkpoint, run_script as run_main, start_log
+from run import RunState, claim_folder, load_optimizer, newest_checkpoint, run_script as run_main, save_checkpoint
+from run import start_log
 
 
 @pytest.mark.parametrize(("words", "named"), [
@@ -60,3 +62,47 @@ def test_a_folder_belongs_to_one_run(device, tmp_path):
         claim_folder(out, "args.json", resume=False)
     with claim_folder(out, "args.json", resume=True):
         pass
+
+
+def test_where_all_checkpoints_are_broken_nothing_is_started_anew(device, tmp_path):
+    make_checkpoint(tmp_path, 2, **{"optimizer.pt": 3})
+    with pytest.raises(InputError, match="no checkpoint in .* is whole"):
+        newest_checkpoint(tmp_path)
+
+
+def test_the_checkpoint_just_written_is_kept_and_later_broken_ones_go(device, model_and_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 9, **{"optimizer.pt": 3})
+    for step, keep, expected in ((5, 2, ["step-000004", "step-000005"]), (6, 1, ["step-000006"])):
+        save_checkpoint(tmp_path, RunState(step=step), model, optimizer, tokenizer, keep)
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == expected
+
+
+def test_the_flags_win_over_the_optimizer_s_checkpoint_and_no_file_stays_mapped(device, model_and_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    save_checkpoint(tmp_path, RunState(step=1), model, optimizer, tokenizer, 1)
+    folder = tmp_path / "checkpoints" / "step-000001"
+    optimizer.zero_grad()
+    other = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+    load_optimizer(folder, model, other)
+    group, = other.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-5, 0.0)
+    for parameter, state in optimizer.state.items():
+        assert all(torch.equal(state[name], other.state[parameter][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    assert str(folder) not in open("/proc/self/maps").read()
+
+
+def test_a_tied_head_is_saved_once_and_an_optimizer_without_a_step_not_at_all(device, model_and_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    save_checkpoint(tmp_path, RunState(step=1), model, torch.optim.AdamW(model.parameters()), tokenizer, 1)
+    folder = tmp_path / "checkpoints" / "step-000001"
+    names = set(safe_open(folder / "model.safetensors", "pt").keys())
+    assert names == {name for name, _ in model.named_parameters()} and "lm_head.weight" not in names
+    assert not (folder / "optimizer.pt").exists()
