@@ -102,7 +102,7 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(sampler, grader, problems: list[Problem], args: argparse.Namespace) -> dict:
-    """The means of `summarise` over --eval-samples samples a problem, for the log.
+    """The means of `summarise` over --eval-samples samples per problem, for the log.
 
     Every call uses the same seeds: two evaluations of a run differ by the model alone (but for
     vLLM on CUDA, whose seeds go on).

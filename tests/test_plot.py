@@ -80,3 +80,20 @@ def test_the_readme_s_figure_has_its_points():
         for means in list(zip(*rows))[:2]:
             assert " | ".join(f"{value:.3f}" for value in means) in table
         assert f"| difference | | {' | '.join(row[2] for row in rows)} |" in table
+
+
+def test_the_readme_s_differences_at_equal_tokens():
+    """Accuracy where our curve, linear between evaluations, has spent what uniform had at its step."""
+    runs: dict[str, list[dict]] = {}
+    for point in plot.read_points(ROOT / "figures" / "toy.jsonl"):
+        runs.setdefault(point["run"], []).append(point)
+    for ours, theirs in (("raft-gvm", "raft-uniform"), ("grpo-reward", "grpo-uniform")):
+        cells = []
+        for step in (5, 10, 20, 30):
+            gains = []
+            for seed in range(10):
+                other, = [point for point in runs[f"{theirs}-{seed}"] if point["step"] == step]
+                tokens, accuracies = zip(*[(point["tokens"], point["accuracy"]) for point in runs[f"{ours}-{seed}"]])
+                gains.append(np.interp(other["tokens"], tokens, accuracies) - other["accuracy"])
+            cells.append(f"{np.mean(gains):.3f} ± {2.262 * np.std(gains, ddof=1) / np.sqrt(10):.3f}")
+        assert f"| difference at the tokens of uniform's step | | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
