@@ -50,7 +50,7 @@ ADVANTAGES = {"grpo": grpo_advantage, "dr": dr_advantage, "loo": loo_advantage} 
 
 
 def group_advantages(samples: list[Sample], kind: str) -> np.ndarray:
-    """The advantage of each sample within its group, (samples,). A group is a prompt, pilot included.
+    """Each sample's advantage within its group, (samples,). A group is a prompt, pilot included.
 
     A group of one, or of equal rewards, says nothing: 0.
     """
