@@ -75,8 +75,8 @@ def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.
     What is known of p_i: num_right_i of num_drawn_i samples were right; and a prior, fitted to
     all prompts. No weight is 0 by bad luck alone. A prompt without a right (wrong) sample is
     given the root mean square over the others as its G+ (G-).
-    rule: (p, G+, G-) to weights, for each prompt by itself: it is asked about one p for all of
-    them at a time. All arrays are (prompts,). Raises ValueError naming the argument.
+    rule: (p, G+, G-) to weights, called with one p for all prompts at a time. All arrays are
+    (prompts,). Raises ValueError naming the argument, or if the rule compares prompts.
     """
     num_right, num_drawn, norm_right, norm_wrong = _check_vectors(
         num_right=num_right, num_drawn=num_drawn, norm_right=norm_right, norm_wrong=norm_wrong
@@ -97,7 +97,7 @@ def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.
     likelihood = np.exp(log_likelihood)
 
     # 2. Prior: Beta(a, b), averaged over a and b by how well they explain all counts:
-    #    P(p) = sum_ab Beta(p | a, b) prod_i P(counts_i | a, b). Per log-odds, Beta ~ p^a q^b.
+    #    P(p) = sum_ab Beta(p | a, b) prod_i P(counts_i | a, b). Per log-odds it is p^a q^b.
     a, b = np.meshgrid(np.geomspace(0.05, 20, 16), np.geomspace(0.05, 20, 16))
     shapes = np.exp(np.outer(a, log_p) + np.outer(b, log_q))  # (256, grid)
     shapes /= shapes.sum(axis=1, keepdims=True)
@@ -111,6 +111,9 @@ def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.
     for p, probability in zip(np.exp(log_p), posterior.T):
         weights = rule(np.full(len(num_right), p), norm_right, norm_wrong)
         second_moments += probability * weights**2
+    p_of_last = np.full(len(num_right), p)[-1:]  # the last prompt alone: as among the others?
+    if not np.allclose(rule(p_of_last, norm_right[-1:], norm_wrong[-1:]), weights[-1:]):
+        raise ValueError("rule compares prompts: its weights cannot be averaged (--no-shrink)")
     return np.sqrt(second_moments)
 
 
@@ -123,8 +126,8 @@ def allocate(weights, budget, min_samples=0, max_samples=None, prices=None) -> n
     """The integers n_i that minimise sum_i w_i^2 / n_i, with sum_i n_i = budget exactly.
 
     weights: w_i >= 0, (prompts,). min_samples, max_samples: bounds of n_i, one integer for all
-    or (prompts,). prices: tau_i > 0, (prompts,), what a sample costs, say its mean tokens; the
-    budget, then any number, bounds sum_i tau_i n_i, and does not pay for the next best sample.
+    or (prompts,). prices: tau_i > 0, (prompts,), what a sample costs, say its mean tokens. The
+    budget may then be fractional; sum_i tau_i n_i stays within it, by less than the next sample.
     Returns int64 counts, (prompts,), the same on every machine. A weight of 0 gets its minimum,
     unless no positive weight can take more: the rest is then spread evenly over the zeros.
     Raises ValueError naming the argument for bad weights and for bounds that no allocation can
@@ -178,8 +181,8 @@ def _buy_one_by_one(value, counts, upper, prices, budget) -> np.ndarray:
 def _head_start(value, lower, prices, budget) -> np.ndarray:
     """Counts, (prompts,), that the optimum surely reaches, so that few are bought one by one.
 
-    With t^2 the gain of the last sample bought, floor(value/t) <= n <= lower + value/t + 1. The
-    right side, added up at its prices, is at least what is spent: that bounds 1/t, and so n.
+    With t^2 the gain of the last sample bought, floor(value_i/t) <= n_i <= lower_i + value_i/t + 1.
+    Together the upper bounds cost at least what is spent: that bounds 1/t, and with it each n_i.
     """
     if not value.any():
         return lower
@@ -190,7 +193,7 @@ def _head_start(value, lower, prices, budget) -> np.ndarray:
 
 
 def estimator_variance(counts, second_moments) -> float:
-    """sum_i c_i / n_i: the variance bound when prompt i gets n_i samples (section 3).
+    """sum_i c_i / n_i: the variance bound when prompt i gets n_i samples (section 3 of the paper).
 
     counts: n_i >= 0; second_moments: c_i >= 0, for Lemma 1 G_i^2 / p_i; (prompts,) each. It is
     infinite if some c_i > 0 has n_i = 0. Raises ValueError naming the argument.

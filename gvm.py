@@ -1,7 +1,7 @@
-"""The E-step: a pilot tells the p and G of each prompt, and GVM spends the budget accordingly.
+"""The E-step: a pilot estimates p and G of each prompt, and GVM spends the budget accordingly.
 
     torchrun gvm.py --out table.jsonl                             # the toy, on a CPU
-    torchrun --nproc-per-node 8 gvm.py --model Qwen/Qwen2.5-Math-1.5B --data gsm8k --out t.jsonl
+    torchrun --nproc-per-node 8 gvm.py --model MODEL --data openai/gsm8k:main --out t.jsonl
 
 `draw_step` is what training calls in every step. Run alone, this script writes the allocation
 table of a data set: one line per problem, what its samples told of it and how many it got.
@@ -32,8 +32,7 @@ def reward_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
     return reward_weights(p, norm_right, norm_wrong, normalize_std=args.advantage == "grpo")
 
 
-# --allocator; "uniform" needs no rule. A rule weighs each prompt by itself: with --shrink it is
-# asked for the weights at one p after another, the same for all prompts, and averaged.
+# --allocator; "uniform" needs no rule. With --shrink, posterior_weights calls the rule.
 RULES = {"gvm": gvm_rule, "reward": reward_rule}
 
 
@@ -46,7 +45,7 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     add("--allocator", choices=["uniform", *RULES], default="gvm",
         help="uniform: equal counts; gvm: the paper's rule, for RAFT; reward: for GRPO")
     add("--pilot-samples", type=positive_int, default=2, help="N' per prompt; the paper: 8 or 32")
-    add("--rounds", type=positive_int, default=3, help="parts of what the pilot leaves; paper: 1")
+    add("--rounds", type=positive_int, default=3, help="of allocation, each knowing more; paper: 1")
     add("--e-step-every", type=positive_int, default=1,
         help="steps that a pilot serves; above 1 it only informs, on top of the budget; paper: 9")
     add("--shrink", action=argparse.BooleanOptionalAction, default=True,
@@ -124,20 +123,21 @@ def plan_round(table: dict, already: np.ndarray, rounds_left: int, args) -> np.n
     return allocate(table["weights"], budget, min_samples=already, prices=prices)
 
 
-def e_step(problems: list[Problem], draw_samples, score, args, *, spend_all=True) -> tuple:
+def e_step(problems: list[Problem], draw_samples, fill_norms, args, *, spend_all=True) -> tuple:
     """Algorithm 2: draw a pilot; then estimate, allocate and draw, --rounds times.
 
-    draw_samples(problems, counts, first_index): graded samples. score(samples): fills in their
-    old_logprobs and head_grad_norm. Returns the table of the last round, that of `estimate` with
-    "weights" and "counts", how many samples each problem has in the end; and the samples. The last
-    round is drawn only to spend_all; with --e-step-every above 1 the pilot is all that is drawn.
+    draw_samples(problems, counts, first_index): graded samples. fill_norms(samples): fills in
+    their old_logprobs and head_grad_norm. Returns the table of the last round, that of `estimate`
+    with "weights" and "counts", how many samples each problem has in the end; and the samples.
+    spend_all=False: the last round is planned, but not drawn. With --e-step-every above 1 only the
+    pilot is drawn: draw_by_plan draws the rest.
     """
     pilot_counts = np.full(len(problems), args.pilot_samples)
     samples = draw_samples(problems, pilot_counts, first_index=0)
     is_reused = args.e_step_every == 1
     already = pilot_counts if is_reused else np.zeros_like(pilot_counts)
     for rounds_left in range(args.rounds, 0, -1):
-        score([sample for sample in samples if sample.old_logprobs is None])
+        fill_norms([sample for sample in samples if sample.old_logprobs is None])
         table = estimate(samples, problems, args.weighting)
         table["weights"] = allocation_weights(table, args)
         table["counts"] = plan_round(table, already, rounds_left, args)
@@ -147,59 +147,65 @@ def e_step(problems: list[Problem], draw_samples, score, args, *, spend_all=True
     return table, samples
 
 
-def bind_tools(policy: Policy, sampler, grader, step: int, args) -> tuple:
-    """(draw_samples, score), as `e_step` wants them, for samples to train on in this step."""
+def bind_draw_and_fill(policy: Policy, sampler, grader, step: int, args) -> tuple:
+    """(draw_samples, fill_norms), as `e_step` wants them, for samples to train on in this step."""
     key, tokens = (args.seed, TRAINING, step), args.tokens_per_micro_batch
     draw_samples = partial(draw, sampler, grader, seed_key=key, temperature=args.temperature)
     return draw_samples, partial(fill_logprobs, policy, max_tokens=tokens, with_norms=True)
 
 
-def plan_steps(problems: list[Problem], step: int, draw_samples, score, args) -> tuple:
-    """One E-step for --e-step-every steps, from `step` on: (its plan, JSON-ready; the pilot)."""
-    last_step, ahead = step + args.e_step_every - 1, {}  # by id: if it comes twice, counts twice
+def plan_steps(problems: list[Problem], step: int, draw_samples, fill_norms, args) -> tuple:
+    """One E-step for the --e-step-every steps from `step` on: (its plan, JSON-ready; the pilot)."""
+    last_step = step + args.e_step_every - 1
+    ahead = {}  # by id: a problem that comes twice, around the end of an epoch, has one pilot
     for later in range(step, last_step + 1):
         ahead |= {problem.id: problem for problem in problems_of_step(problems, later, args)}
-    table, pilot = e_step(list(ahead.values()), draw_samples, score, args)
+    table, pilot = e_step(list(ahead.values()), draw_samples, fill_norms, args)
     columns = {name: column.tolist() for name, column in table.items()}
     return {"last_step": last_step, "table": columns}, pilot
 
 
-def draw_step(problems, step: int, plan: dict | None, *, policy, sampler, grader, args) -> tuple:
-    """Draw one step: (its problems, samples to train on, metrics, the plan for the next step).
+def draw_by_plan(problems, batch: list[Problem], state, draw_samples, fill_norms, args) -> tuple:
+    """(table of the batch, samples, pilot): counts by state.plan, samples by today's policy."""
+    ids, plan, pilot = [problem.id for problem in batch], state.plan, []
+    # There is none yet, it has run out, or the run was resumed with other problems.
+    if not plan or state.step > plan["last_step"] or not set(ids) <= set(plan["table"]["id"]):
+        plan, pilot = plan_steps(problems, state.step, draw_samples, fill_norms, args)
+        state.plan = plan
+    rows = [plan["table"]["id"].index(problem_id) for problem_id in ids]
+    table = {name: np.array(column)[rows] for name, column in plan["table"].items()}
+    # The first indices were the pilot's: its own step would draw the same text again.
+    return table, draw_samples(batch, table["counts"], first_index=table["num_drawn"]), pilot
 
-    Only --e-step-every above 1 has a plan. Its samples are drawn from the policy of their step.
-    """
-    batch, table, pilot = problems_of_step(problems, step, args), None, []
-    draw_samples, score = bind_tools(policy, sampler, grader, step, args)
+
+def draw_step(problems: list[Problem], state, *, policy, sampler, grader, args) -> tuple:
+    """Draw the samples of state.step: (its problems, samples to train on, metrics)."""
+    batch, table, pilot = problems_of_step(problems, state.step, args), None, []
+    draw_samples, fill_norms = bind_draw_and_fill(policy, sampler, grader, state.step, args)
     if args.allocator == "uniform":
         samples = draw_samples(batch, np.full(len(batch), args.samples_per_prompt))
     elif args.e_step_every == 1:
-        table, samples = e_step(batch, draw_samples, score, args)
+        table, samples = e_step(batch, draw_samples, fill_norms, args)
     else:
-        ids = [problem.id for problem in batch]
-        if not plan or step > plan["last_step"] or not set(ids) <= set(plan["table"]["id"]):
-            plan, pilot = plan_steps(problems, step, draw_samples, score, args)
-        rows = [plan["table"]["id"].index(problem_id) for problem_id in ids]
-        table = {name: np.array(column)[rows] for name, column in plan["table"].items()}
-        samples = draw_samples(batch, table["counts"], first_index=table["num_drawn"])
+        table, samples, pilot = draw_by_plan(problems, batch, state, draw_samples, fill_norms, args)
     metrics = describe(batch, samples, pilot)
     if table is not None:
         metrics |= describe_table(table, args)
-    return batch, samples, metrics, plan
+    return batch, samples, metrics
 
 
 def describe_table(table: dict, args) -> dict:
     """Metrics of an allocation, by its own estimates, against uniform counts at the same cost.
 
-    predicted_variance: sum_i w_i^2 / n_i over uniform's; None if unknown or infinite. Optimistic:
-    it believes the very samples that may mislead.
+    predicted_variance: sum_i w_i^2 / n_i over uniform's, for a rule whose weights are sqrt(c_i);
+    None if unknown or infinite. Optimistic: it believes the very samples that may mislead. A pilot
+    that only informs costs as much, and lowers nothing: above 1 is possible.
     """
     even = args.samples_per_prompt + (args.pilot_samples if args.e_step_every > 1 else 0)
     counts, lengths, moments = table["counts"], table["mean_length"], table["weights"] ** 2
     ratio = None
     if moments.any() and counts[moments > 0].all():
-        uniform = np.full(len(counts), even)
-        ratio = estimator_variance(counts, moments) / estimator_variance(uniform, moments)
+        ratio = estimator_variance(counts, moments) / (moments.sum() / even)
     return {
         "predicted_variance": ratio,
         "predicted_tokens": float(lengths @ counts / (lengths.sum() * even)),
@@ -226,8 +232,8 @@ def main(argv=None) -> None:
     problems = load_prompts(args.data, args.split, tokenizer, args, args.limit)
     policy, sampler = Policy(model, args.temperature), make_sampler(model, tokenizer, args)
     with Grader() as grader:
-        draw_samples, score = bind_tools(policy, sampler, grader, step=1, args=args)
-        table, _ = e_step(problems, draw_samples, score, args, spend_all=False)
+        draw_samples, fill_norms = bind_draw_and_fill(policy, sampler, grader, step=1, args=args)
+        table, _ = e_step(problems, draw_samples, fill_norms, args, spend_all=False)
     counts, ratio = table["counts"], describe_table(table, args)["predicted_variance"]
     table["p"] = table["num_right"] / table["num_drawn"]
     rows = zip(*(column.tolist() for column in table.values()))

@@ -1,7 +1,7 @@
 """The policy: loading a model, log-probs and gradient norms in one forward pass, micro-batches.
 
     model, tokenizer = load_model(args, device)
-    policy = Policy(model, args.temperature)                      # scores responses
+    policy = Policy(model, args.temperature)                      # log-probs of responses
     fill_logprobs(policy, samples, max_tokens=16384, with_norms=True)
     trained = distribute(policy)                                  # DDP: for forward and backward
 """
@@ -83,7 +83,7 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
 
 
 class Policy(nn.Module):
-    """A causal language model that scores responses: pi = softmax(W h / T).
+    """A causal language model, for the log-probs of responses: pi = softmax(W h / T).
 
     W is the output head, h the last hidden state, T the temperature. Raises InputError for a
     model whose logits are not W h: scaled, soft-capped, or from a head that is not linear.

@@ -5,8 +5,12 @@
     torchrun raft.py --resume                             # go on after an interruption
     torchrun --nproc-per-node 8 raft.py ...               # the paper's run: see README.md
 
-One step draws samples where they help, scores them, and takes a few updates on sum_j w_j sum_t
-loss_jt, over samples j and tokens t. Neither micro-batches nor ranks change the gradient.
+One step, and where it lies:
+    gvm.draw_step        the E-step: samples drawn where they help, and graded
+    split_updates        an advantage and a loss weight for each sample
+    model.fill_logprobs  its log-probs before the step's first update
+    update               an optimizer step on sum_j w_j sum_t loss_jt, samples j, tokens t;
+                         neither micro-batches nor ranks change its gradient
 """
 
 import argparse
@@ -19,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import run
-from data import Grader, InputError, Problem, Sample
+from data import BENCHMARKS, Grader, InputError, Problem, Sample
 from eval import add_report_flags, evaluate
 from gvm import add_budget_flags, check_budget, draw_step
 from model import Policy, add_memory_flags, add_model_flags, collate, distribute, fill_logprobs
@@ -36,12 +40,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--objective", choices=OBJECTIVES, default="raft", help="which samples are trained on")
     add("--loss", choices=LOSSES, default="raft++", help="raft: -A ln pi; raft++: Eq. 8, clipped")
     add("--clip-low", type=non_negative, default=0.2, help="raft++: ratio >= 1 - this, if A < 0")
-    add("--clip-high", type=non_negative, default=0.28, help="<= 1 + this, if A > 0; paper: 0.28")
+    add("--clip-high", type=non_negative, default=0.28,
+        help="raft++: ratio <= 1 + this, if A > 0; the paper: 0.28, and 0.4 to 0.35 with GVM")
     add("--kl-coef", type=non_negative, default=0.0, help="of the KL to the initial model")
     add("--truncated-is", type=number(float, low=1), metavar="C",
         help="weigh tokens by min(pi_old / sampler's pi, C); for a sampler_gap above 0.01")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=positive_int, default=30, help="rounds of sampling and training")
+    add("--steps", type=positive_int, default=30, help="each draws once and updates a few times")
     add("--prompts-per-step", type=positive_int, default=32, help="the paper: 1024")
     add("--updates-per-step", type=positive_int, default=2, help="optimizer steps; the paper: 4")
     add("--lr", type=non_negative, default=3e-4, help="of AdamW, constant; the paper: 1e-6")
@@ -62,11 +67,11 @@ def loss_weights(samples: list[Sample], used: np.ndarray, num_prompts: int, weig
     """Weight w_j of each sample's token sum in the loss of one update, (samples,); 0 if not used.
 
     used: (samples,), what the estimator averages over: right samples in RAFT, all in GRPO.
-    With m = num_prompts, solved or not, D_i the used samples of prompt i, T_j the length of j:
-    prompt:   1 / (m |D_i|), Algorithm 1, over the mean of all T_j, so that learning rates compare.
-              Each prompt counts the same, however many samples it got.
-    token:    1 / the tokens of all samples, wrong ones included, as in the released code.
-    sequence: 1 / (sum_i |D_i| T_j), Eq. 8. Like `token`, it favours prompts with many samples.
+    m = num_prompts, solved or not; D_i: the used samples of prompt i; T_j: the tokens of sample j.
+    prompt:   1 / (m |D_i| mean(T)), Algorithm 1: each solved prompt counts the same, however many
+              samples it got. The mean length, a constant, gives the loss the scale of the others.
+    token:    1 / sum(T), over all samples, wrong ones included, as in the released code.
+    sequence: 1 / (T_j sum_i |D_i|), Eq. 8. Like `token`, it favours prompts with many samples.
     """
     lengths = np.array([len(sample.response_ids) for sample in samples], dtype=float)
     if weighting == "prompt":
@@ -118,7 +123,7 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
         weights = loss_weights(part, used, len(ids), args.weighting)
         for sample, advantage, weight in zip(part, advantages, weights):
             sample.advantage, sample.loss_weight = advantage, weight
-        # Without an advantage only the KL has a gradient.
+        # Advantage 0: the loss has no gradient. Without a KL there is nothing to compute.
         trained = [sample for sample in part if sample.advantage != 0 or args.kl_coef > 0]
         updates.append([sample for sample in trained if sample.loss_weight > 0])
     return updates
@@ -147,16 +152,17 @@ def update(ddp_policy, optimizer, samples: list[Sample], args) -> dict:
         return {"updates_empty": 1}  # on a gradient of 0 AdamW would still move
     num_tokens = sum(len(sample.response_ids) for sample in samples)
     totals = torch.zeros(3, dtype=torch.float64)  # loss, share of clipped tokens, mean KL
-    ranks, lengths = dist.get_world_size(), [sample.total_tokens for sample in samples]
-    batches = micro_batches(lengths, ranks, args.tokens_per_micro_batch)[dist.get_rank()]
+    ranks, total_lengths = dist.get_world_size(), [sample.total_tokens for sample in samples]
+    batches = micro_batches(total_lengths, ranks, args.tokens_per_micro_batch)[dist.get_rank()]
     ddp_policy.train()
     optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets: keep them
-    for i, rows in enumerate(batches):
+    for i, indices in enumerate(batches):
         ddp_policy.require_backward_grad_sync = i + 1 == len(batches)  # ranks talk once an update
-        # A rank that has run out goes on with a stand-in that counts 0, or the others would wait.
-        batch = [samples[j] for j in rows or [np.argmin(lengths)]]
+        # A rank that has no samples left runs the shortest one, times 0: DDP waits for all ranks.
+        batch = [samples[j] for j in indices or [np.argmin(total_lengths)]]
         loss, clipped, kl = micro_batch_loss(ddp_policy, batch, args)
-        terms = torch.stack([loss, clipped / num_tokens, kl / num_tokens]) * (1.0 if rows else 0.0)
+        terms = torch.stack([loss, clipped / num_tokens, kl / num_tokens])
+        terms = terms if indices else 0 * terms
         (ranks * terms[0]).backward()  # DDP takes the mean over ranks, the weights want the sum
         totals += terms.detach().cpu()
     dist.all_reduce(totals)
@@ -169,32 +175,32 @@ def update(ddp_policy, optimizer, samples: list[Sample], args) -> dict:
 
 
 def train_step(policy, ddp_policy, reference, optimizer, *, problems, samples, args) -> dict:
-    """The M-step: score the samples of a step, then update; returns metrics for the log."""
+    """The M-step: log-probs of the step's samples, then updates; returns metrics for the log."""
     updates = split_updates(problems, samples, args)
     trained = sum(updates, [])
-    # Score. All updates of a step share one old policy, the one before them.
-    unscored = [sample for sample in trained if sample.old_logprobs is None]
-    fill_logprobs(policy, unscored, args.tokens_per_micro_batch)
+    # All updates of a step share one old policy, the one before them.
+    missing = [sample for sample in trained if sample.old_logprobs is None]
+    fill_logprobs(policy, missing, args.tokens_per_micro_batch)
     if reference is not None:
         fill_logprobs(reference, trained, args.tokens_per_micro_batch, into="ref_logprobs")
-    # Update.
     sums = Counter()  # a name that is missing counts 0
     for part in updates:
         sums.update(update(ddp_policy, optimizer, part, args))
-    metrics = dict(sums)
     for name in ("loss", "clip_fraction", "kl", "grad_norm"):
-        metrics[name] = sums[name] / sums["updates"] if sums["updates"] else None
-    return metrics | sampler_gap(trained)
+        sums[name] = sums[name] / sums["updates"] if sums["updates"] else None
+    return dict(sums) | sampler_gap(trained)
 
 
 def train(args: argparse.Namespace) -> None:
-    """The whole run: draw, score, update, evaluate, save; and again."""
+    """The whole run: draw, update, evaluate, save; and again."""
     stop, device = run.StopSignal(), run.join_ranks()
     check_budget(args, args.objective)
     out = Path(args.out or f"runs/{args.objective}-{args.allocator}-{args.seed}")
     lock = run.claim_folder(out, "args.json", args.resume)
     checkpoint, state = run.newest_checkpoint(out) if args.resume else (None, run.RunState())
     model, tokenizer = load_model(args, device, checkpoint)
+    if args.data in BENCHMARKS:
+        raise InputError(f"--data {args.data}: is there to evaluate; name a hub data set to train")
     problems = load_prompts(args.data, args.split, tokenizer, args)
     eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args)
     if not args.updates_per_step <= args.prompts_per_step <= len(problems):
@@ -213,9 +219,8 @@ def train(args: argparse.Namespace) -> None:
             state.step, metrics = step, {}
             if step > 0:  # step 0 is the evaluation before training
                 with state.timer("sample"):  # the E-step
-                    batch, samples, metrics, state.plan = draw_step(
-                        problems, step, state.plan,
-                        policy=policy, sampler=sampler, grader=grader, args=args)
+                    batch, samples, metrics = draw_step(
+                        problems, state, policy=policy, sampler=sampler, grader=grader, args=args)
                 with state.timer("train"):  # the M-step
                     metrics |= train_step(policy, ddp_policy, reference, optimizer,
                                           problems=batch, samples=samples, args=args)
@@ -228,6 +233,7 @@ def train(args: argparse.Namespace) -> None:
                 run.save_checkpoint(out, state, model, optimizer, tokenizer, args.keep)
             if stopping:
                 break
+    run.print0(f"saved in {out}/checkpoints")
 
 
 def main(argv=None) -> None:

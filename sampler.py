@@ -105,7 +105,7 @@ class HfSampler:
         drawn = []  # (token ids, log-probs), (batch,) each, for each position
 
         def draw_token(_, logits: torch.Tensor) -> torch.Tensor:
-            """A logits processor that draws a token; greedy decoding then takes it, the only 1."""
+            """A logits processor that draws a token, and leaves it for greedy decoding to pick."""
             drawn.append(gumbel_max(logits, generators, temperature))
             return torch.zeros_like(logits).scatter(1, drawn[-1][0][:, None], 1.0)
 
@@ -126,7 +126,7 @@ class HfSampler:
 class VllmSampler:
     """One vLLM engine per rank, in the trainer's process, given the trainer's weights every time.
 
-    On a CPU each sample has a seed of its own. On CUDA that would leave vLLM's fast sampling
+    On a CPU each sample has a seed of its own. On CUDA that would bypass vLLM's fast sampling
     kernel, for nothing, since rounding depends on the batch there anyway: an engine has one seed.
     """
 
@@ -175,7 +175,7 @@ class VllmSampler:
             SamplingParams(
                 temperature=temperature, max_tokens=self.max_tokens, detokenize=False,
                 seed=None if self.cuda else seed // 2,  # vLLM's are signed
-                stop_token_ids=self.end_ids, ignore_eos=True,  # the first holds EOS, too
+                stop_token_ids=self.end_ids, ignore_eos=True,  # EOS is among the stop tokens
                 logprobs=0)  # of the sampled token only
             for seed in seeds
         ]

@@ -126,6 +126,14 @@ def test_the_posterior_learns_from_all_prompts_and_from_many_samples():
     assert expected_rate(order, [4] * 5) == pytest.approx(rates[order])
 
 
+def test_a_rule_that_compares_prompts_cannot_be_averaged():
+    def hardest(p, norm_right, norm_wrong):
+        return np.where(np.arange(len(p)) == np.argmin(p), 1.0, 0.0)
+
+    with pytest.raises(ValueError, match="compares prompts"):
+        posterior_weights(hardest, [0, 1, 2], [2, 2, 2], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0])
+
+
 def test_posterior_weights_never_starve_and_fill_in_the_norms():
     def rule(p, right, wrong):
         return gvm_weights(p, right)

@@ -8,8 +8,9 @@ from conftest import flags, make_sample, run_script
 
 from allocator import allocate, gvm_weights, posterior_weights, reward_weights
 from data import InputError, Problem
-from gvm import check_budget, describe_table, draw_step, e_step, bind_tools, estimate
+from gvm import bind_draw_and_fill, check_budget, describe_table, draw_step, e_step, estimate
 from model import Policy
+from run import RunState
 from sampler import HfSampler, problems_of_step
 
 
@@ -60,7 +61,7 @@ def rms(values) -> float:
 ])
 def test_e_step_estimates_p_and_g_and_spends_the_budget(tools, problems, words):
     args = flags("--pilot-samples", 4, "--samples-per-prompt", 6, *words)
-    table, everything = e_step(problems[:16], *bind_tools(*tools, 1, args), args)
+    table, everything = e_step(problems[:16], *bind_draw_and_fill(*tools, 1, args), args)
     samples = [s for s in everything if s.old_logprobs is not None]  # the last round has told nothing
     assert len({(s.problem, s.index) for s in everything}) == len(everything) == 96
     assert len(samples) == 64 + 16 * (args.rounds - 1)
@@ -106,21 +107,21 @@ def test_a_budget_of_tokens_is_what_uniform_would_spend(tools, problems):
     words = ["--cost", "tokens", "--pilot-samples", 4, "--rounds", 2]
     for reuse in ([], ["--e-step-every", 2, "--rounds", 1]):
         args = flags(*words, *reuse)
-        table, _ = e_step(problems[:16], *bind_tools(*tools, 1, args), args)
+        table, _ = e_step(problems[:16], *bind_draw_and_fill(*tools, 1, args), args)
         budget, spent = 8 * table["mean_length"].sum(), table["mean_length"] @ table["counts"]
         assert budget - table["mean_length"].max() < spent <= budget and table["mean_length"].max() > table["mean_length"].min() + 1
 
 
 def run_steps(tools, problems, words, steps):
     policy, sampler, grader = tools
-    args, plan, results = flags("--prompts-per-step", 8, *words), None, []
-    for step in range(1, steps + 1):
-        batch, samples, metrics, plan = draw_step(
-            problems, step, plan, policy=policy, sampler=sampler, grader=grader, args=args)
-        assert batch == problems_of_step(problems, step, args)
-        plan = json.loads(json.dumps(plan))  # as through a checkpoint
+    args, state, results = flags("--prompts-per-step", 8, *words), RunState(), []
+    for state.step in range(1, steps + 1):
+        batch, samples, metrics = draw_step(
+            problems, state, policy=policy, sampler=sampler, grader=grader, args=args)
+        assert batch == problems_of_step(problems, state.step, args)
+        state.plan = json.loads(json.dumps(state.plan))  # as through a checkpoint
         assert len({(s.problem, s.index) for s in samples}) == len(samples)
-        results.append((samples, metrics, plan))
+        results.append((samples, metrics, state.plan))
     return results
 
 
@@ -157,14 +158,15 @@ def test_a_plan_of_other_problems_is_made_anew(tools, problems):
     (_, _, plan), = run_steps(tools, problems, words, 1)
     policy, sampler, grader = tools
     for changed, others in (([], problems[::-1]), (["--seed", 1], problems), (["--prompts-per-step", 16], problems)):
-        args = flags(*words, *changed)
-        batch, samples, _, other = draw_step(others, 2, plan, policy=policy, sampler=sampler, grader=grader, args=args)
+        args, state = flags(*words, *changed), RunState(step=2, plan=plan)
+        batch, samples, _ = draw_step(others, state, policy=policy, sampler=sampler, grader=grader, args=args)
+        other = state.plan
         assert other["last_step"] == 4 and {p.id for p in batch} <= set(other["table"]["id"]) and samples
 
 
 def test_the_last_round_may_be_left_undrawn(tools, problems):
     args = flags("--pilot-samples", 2, "--samples-per-prompt", 8, "--rounds", 3)
-    table, samples = e_step(problems[:16], *bind_tools(*tools, 1, args), args, spend_all=False)
+    table, samples = e_step(problems[:16], *bind_draw_and_fill(*tools, 1, args), args, spend_all=False)
     assert table["counts"].sum() == 128 and len(samples) == table["num_drawn"].sum() == 32 + 2 * 32
 
 

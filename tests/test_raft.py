@@ -209,6 +209,7 @@ def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
 
 @pytest.mark.parametrize(("words", "complaint"), [
     (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
+    (["--data", "gsm8k"], "--data gsm8k: is there to evaluate"),
     (["--model", "missing"], "--model missing: cannot be loaded"),
     (["--samples-per-prompt", 1], "--samples-per-prompt is below --pilot-samples"),
     (["--e-step-every", 2], "add --rounds 1"),

@@ -17,7 +17,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 def run_block(mark: str, module, monkeypatch) -> None:
     """Run the README's lines that hold `mark` at the end of a module, as one who adds them there; undone by the test."""
     block, = [block for block in BLOCKS if mark in block]
-    for table in ("RULES", "LOSSES"):
+    for table in ("RULES", "LOSSES", "OBJECTIVES"):
         if hasattr(module, table):
             monkeypatch.setattr(module, table, dict(getattr(module, table)))
     exec(compile(block, "README.md", "exec"), vars(module))
@@ -34,6 +34,13 @@ def test_an_allocation_rule_in_ten_lines(device, tmp_path, monkeypatch):
 def test_a_loss_in_ten_lines(device, tmp_path, monkeypatch):
     run_block('LOSSES["cispo"]', raft, monkeypatch)
     raft.main([*map(str, SMALL[:-1]), "1", "--loss", "cispo", "--out", str(tmp_path / "run")])
+    assert read_log(tmp_path / "run")[1]["updates"] == 2
+
+
+def test_an_objective_in_ten_lines(device, tmp_path, monkeypatch):
+    run_block('OBJECTIVES["signed"]', raft, monkeypatch)
+    words = ["--objective", "signed", "--allocator", "reward", "--out", str(tmp_path / "run")]
+    raft.main([*map(str, SMALL[:-1]), "1", *words])
     assert read_log(tmp_path / "run")[1]["updates"] == 2
 
 
