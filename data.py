@@ -6,17 +6,21 @@
         [(score, failed)] = grader(["... so it is \\boxed{18}"], [problems[0].answer])
 """
 
+import hashlib
 import json
 import logging
 import os
 import re
-import subprocess
+import signal
 import sys
-from concurrent.futures import TimeoutError
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
+from subprocess import PIPE, Popen
 
+import jinja2
 import numpy as np
 
 TOY = Path(__file__).resolve().parent / "tests" / "toy"  # the model and problems used by default
@@ -32,20 +36,23 @@ BENCHMARKS = {  # hub data set:config:split
 }
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
-PLAIN_TEMPLATE = (  # for base models, which have no chat template
-    "{{ bos_token }}{{ messages[0]['content'] }}\n\n"
-    "Problem: {{ messages[1]['content'] }}\n\nSolution:"
-)
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # "\\ud800" in JSON, which cannot be encoded
+BETWEEN_BOXES = re.compile(r"(?:[\s,;$~{}]|and\b|or\b|\\(?:text|mathrm|q?quad|[,;:! \\()\[\]]))*")
+PLAIN_TEMPLATE = "{{ bos_token }}{{ messages[0]['content'] }}\n\n"  # for base models
+PLAIN_TEMPLATE += "Problem: {{ messages[1]['content'] }}\n\nSolution:"
 
 
 class InputError(Exception):
     """Bad input from the user: one line that names the flag or file and the remedy."""
 
 
+class RunError(Exception):
+    """The run cannot go on, through no fault of its input: one line; checkpoints are kept."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem of a data set. `id` is its row, from 0; samples, seeds and groups refer to it."""
-
     id: int
     question: str
     answer: str  # the reference, reduced to what belongs in the box: "18", "\\frac{1}{2}"
@@ -55,21 +62,18 @@ class Problem:
 @dataclass
 class Sample:
     """One response to one problem, and what training needs to know of it."""
-
     problem: int  # Problem.id
     index: int  # among the samples of this problem, from 0
     prompt_ids: list[int]
     response_ids: np.ndarray  # int32 (response,), the end-of-sequence token included
     finished: bool  # False: cut at --max-response-tokens
     text: str = ""  # the response, for people; training takes the token ids
-    # From the grader.
-    reward: float = 0.0  # 1.0 if right
+    reward: float = 0.0  # by the grader: 1.0 if right
     grader_failed: bool = False  # hung or crashed the grader: counted as wrong
     # Log-probs of the response's tokens, float32 (response,); None where not computed.
     sampler_logprobs: np.ndarray | None = None  # by the sampler, when it drew them
     old_logprobs: np.ndarray | None = None  # by the policy, before the step's first update
     ref_logprobs: np.ndarray | None = None  # by the reference of the KL penalty
-    # What the response counts for.
     head_grad_norm: float = 0.0  # of the gradient of -ln pi with respect to the output head
     advantage: float = 0.0  # A in the losses of raft.py
     loss_weight: float = 0.0  # w_j in the losses of raft.py
@@ -83,104 +87,88 @@ class Sample:
 def load_problems(spec: str, split: str = "train", limit: int | None = None) -> list[Problem]:
     """Problems of a benchmark (by name), a local file, or a hub data set name[:config[:split]].
 
-    Local files are .jsonl, .json or .parquet. split: for hub data sets that name none. limit:
-    keep the first rows only. The question is the first of QUESTION_COLUMNS that the data has,
-    the answer the first of ANSWER_COLUMNS, reduced by `reference_answer`. Raises InputError
-    naming the file, the row (from 1) and the columns found.
+    split: for hub data sets that name none. limit: keep the first rows only. The question is the
+    first of QUESTION_COLUMNS that the data has, the answer the first of ANSWER_COLUMNS, reduced by
+    `reference_answer`. Raises InputError naming the file, the row (from 1) and the columns found.
     """
-    if spec.endswith(LOCAL_SUFFIXES):
-        rows = read_rows(Path(spec))
-    else:
-        rows = _read_hub(BENCHMARKS.get(spec, spec), split)
-    if not rows:
-        raise InputError(f"{spec}: holds no problems")
-    if not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{spec}: every row must be an object with a question and an answer")
-    question_column = _first_column(spec, rows, QUESTION_COLUMNS)
-    answer_column = _first_column(spec, rows, ANSWER_COLUMNS)
+    rows = read_rows(Path(spec)) if spec.endswith(LOCAL_SUFFIXES) else _read_hub(spec, split)
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{spec}: must hold rows, each an object with a question and an answer")
+    found = dict.fromkeys(name for row in rows for name in row)  # in order of appearance
+    for wanted in (QUESTION_COLUMNS, ANSWER_COLUMNS):
+        if not any(name in found for name in wanted):
+            raise InputError(f"{spec}: has columns {list(found)}; needs one of {wanted}")
+    question_column = next(name for name in QUESTION_COLUMNS if name in found)
+    answer_column = next(name for name in ANSWER_COLUMNS if name in found)
     problems = []
     for i, row in enumerate(rows[:limit]):
-        question, columns = row.get(question_column), f"(columns: {', '.join(row)})"
-        if not isinstance(question, str) or not question.strip():
-            raise InputError(f"{spec}: row {i + 1} has no text in '{question_column}' {columns}")
-        answer = reference_answer(row.get(answer_column))
+        question, answer = row.get(question_column), reference_answer(row.get(answer_column))
         if answer_column == "solution" and answer == str(row.get("solution")).strip():
             answer = ""  # a solution without a box: there is no telling its answer
-        if not answer:
-            raise InputError(f"{spec}: row {i + 1} has no answer in '{answer_column}' {columns}")
+        for column, text in [(question_column, question), (answer_column, answer)]:
+            if not isinstance(text, str) or not text.strip() or HALF_CHARACTER.search(text):
+                reason = f"has nothing readable in '{column}'; its columns: {list(row)}"
+                raise InputError(f"{spec}: row {i + 1} {reason}")
         problems.append(Problem(i, question.strip(), answer))
     return problems
 
 
-def _first_column(spec: str, rows: list[dict], wanted: tuple[str, ...]) -> str:
-    found = {}  # names, in order of appearance
-    for row in rows:
-        found |= row
-    for name in wanted:
-        if name in found:
-            return name
-    raise InputError(f"{spec}: found columns {', '.join(found)}; needs one of {', '.join(wanted)}")
+def digest_problems(problems: list[Problem]) -> str:
+    """16 hex digits that change with any id, question or answer, so that a changed file is seen."""
+    rows = [(problem.id, problem.question, problem.answer) for problem in problems]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def read_rows(path: Path) -> list:
     """The rows of a local .jsonl, .json or .parquet file; InputError names the file and line."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     try:
+        content = path.read_bytes()
         if path.suffix == ".parquet":
             import pyarrow.parquet  # slow to import, and JSON files do without it
-
-            return pyarrow.parquet.read_table(path).to_pylist()
-        text = path.read_text(encoding="utf-8-sig")
-    except ValueError as error:  # pyarrow.ArrowInvalid and UnicodeDecodeError are ValueErrors
-        kind = "a parquet file" if path.suffix == ".parquet" else "UTF-8 text"
-        raise InputError(f"{path}: not {kind} ({str(error).splitlines()[0]})") from error
-    if path.suffix == ".json":
-        rows = _parse_json(path, text, first_line=1)
-        return rows if isinstance(rows, list) else [rows]
-    lines = enumerate(text.split("\n"), start=1)
-    return [_parse_json(path, line, number) for number, line in lines if line.strip()]
-
-
-def _parse_json(path: Path, text: str, first_line: int):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise InputError(f"{path}: line {line} is not JSON ({error.msg})") from error
+            return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        text = content.decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path}: {reason.splitlines()[0].lower()}") from error
+    rows = []
+    for number, part in enumerate([text] if path.suffix == ".json" else text.split("\n"), start=1):
+        try:
+            rows += [json.loads(part)] if part.strip() else []
+        except (ValueError, RecursionError) as error:  # also 5,000 digits, or a thousand brackets
+            line, reason = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
+            raise InputError(f"{path}: line {line} is not readable JSON ({reason})") from error
+    return rows[0] if path.suffix == ".json" and isinstance((rows or [{}])[0], list) else rows
 
 
 def _read_hub(spec: str, split: str) -> list:
     import datasets  # slow to import, and local files do without it
-
-    name, _, rest = spec.partition(":")
+    name, _, rest = BENCHMARKS.get(spec, spec).partition(":")
     config, _, own_split = rest.partition(":")
     try:
         return datasets.load_dataset(name, config or None, split=own_split or split).to_list()
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{spec}: neither a {LOCAL_SUFFIXES} file, nor one of {', '.join(BENCHMARKS)}, "
-            f"nor a hub data set that can be reached ({reason})"
-        ) from error
+        raise InputError(f"'{spec}': neither a {LOCAL_SUFFIXES} file, nor one of "
+                         f"{', '.join(BENCHMARKS)}, nor a hub data set in reach ({reason})"
+                         ) from error
 
 
 def reference_answer(value) -> str:
     """What belongs in the box, from what real files hold; "" if there is nothing.
 
-    `... #### 1,234` (GSM8K) -> "1234"; a solution with `\\boxed{}` -> the content of its last
-    box; 27.0 or "27.0" (AMC) -> "27"; "$x$, $y$" -> "x, y"; ["$2$", "$3$"] (OlympiadBench) ->
-    "2, 3".
+    `... #### 1,234` (GSM8K) -> "1234"; a solution -> the content of its last box; 27.0 or "27.0"
+    (AMC) -> "27"; "$x$, $y$" -> "x, y"; ["$2$", "$3$"] (OlympiadBench) -> "2, 3".
     """
     if isinstance(value, (list, tuple)):
         return ", ".join(filter(None, map(reference_answer, value)))
-    if value is None or value != value:  # NaN: a missing value in a parquet file
-        return ""
+    if value is None or value != value or isinstance(value, (dict, bytes)):
+        return ""  # NaN, the only value that differs from itself, is a missing one
+    if isinstance(value, float):
+        value = np.format_float_positional(value, trim="-")  # not 1e+16
     text = str(value).strip()
     if "####" in text:
         return text.rpartition("####")[2].strip().replace(",", "").removeprefix("$")
-    boxed = extract_boxed(text)
-    if boxed is not None:
+    if (boxed := extract_boxed(text)) is not None:
         return boxed
     text = re.sub(r"(?<!\\)\$", "", text).strip()  # dollars around math, not \$
     return re.sub(r"^([-+]?\d+)\.0+$", r"\1", text)
@@ -188,72 +176,94 @@ def reference_answer(value) -> str:
 
 def encode_prompt(tokenizer, problem: Problem) -> list[int]:
     """Token ids of the prompt, by the tokenizer's chat template or, without one, PLAIN_TEMPLATE."""
-    messages = [
-        {"role": "system", "content": SYSTEM_PROMPT},
-        {"role": "user", "content": f"{problem.question}\n{INSTRUCTION}"},
-    ]
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
-        add_generation_prompt=True,
-    )
-    return encoded["input_ids"]
+    question = f"{problem.question}\n{INSTRUCTION}"
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    try:
+        encoded = tokenizer.apply_chat_template(messages, chat_template=template,
+                                                add_generation_prompt=True)
+        if encoded["input_ids"]:
+            return encoded["input_ids"]
+        reason = "the prompt is empty"
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    raise InputError(f"--model: its chat template fails ({reason}); mend it in the model's folder, "
+                     "or delete it there: base models do without one")
 
 
 def extract_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}`; None if there is none or it never closes."""
-    _, box, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for token in re.finditer(r"\\.|[{}]", rest if box else "", re.DOTALL):
-        # `\{` is a printed brace: it is matched as a whole, and does not nest.
-        depth += {"{": 1, "}": -1}.get(token.group(), 0)
-        if depth == 0:
-            return rest[: token.start()].strip()
-    return None
+    """The content of the last `\\boxed{...}`; None if there is none or it never closes.
+
+    Boxes with nothing but "and", "or", commas and spaces between them are one: "2, 3".
+    """
+    contents = []
+    for part in reversed(text.split("\\boxed{")[1:]):
+        depth = 1
+        for token in re.finditer(r"\\.|[{}]", part, re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(token.group(), 0)  # `\{`, a printed brace, does not nest
+            if depth == 0:
+                break
+        if depth or (contents and not BETWEEN_BOXES.fullmatch(part, token.end())):
+            break
+        contents.insert(0, part[: token.start()].strip())
+    return ", ".join(dict.fromkeys(contents)) if contents else None
 
 
 class Grader(AbstractContextManager):
-    """Scores responses in worker processes that can be killed.
+    """Scores responses in processes that can be killed. To be used as a context manager.
 
     Model output can hang any algebra system (`9^{9^{9^{9}}}`) in code that no exception
-    interrupts: a worker that overruns `deadline` seconds is killed. The workers belong to a
-    process of their own, this file run as a script, which shares no thread, lock or GPU with
-    the trainer and ends with it. To be used as a context manager.
+    interrupts. A worker is this file run as a script. The kernel ends it when an answer takes more
+    than `deadline` seconds; whatever ends it, only that answer is lost. It shares no thread, lock
+    or GPU with the trainer or other workers, and ends with the trainer.
     """
 
     def __init__(self, workers: int | None = None, deadline: float = 10.0):
         """workers: by default this rank's share of the machine's cores."""
-        if workers is None:
-            workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), str(workers), str(deadline)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is the trainer's to handle
-        )
+        share = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.threads = ThreadPoolExecutor(workers or share)  # each waits for one worker
+        self.deadline, self.idle = deadline, []  # workers are started when they are needed
 
     def __call__(self, responses: list[str], answers: list[str]) -> list[tuple[float, bool]]:
         """(score, failed) of each response: 1.0 if its last box is equivalent to the answer.
 
-        failed: it overran the deadline, or its worker died. It then scores 0.0, and the other
-        responses are graded all the same.
+        failed: it overran the deadline or its worker died, and scores 0.0; no other answer is lost.
+        Raises RunError if no worker can be started.
         """
         pairs = [(extract_boxed(r), answer) for r, answer in zip(responses, answers, strict=True)]
         grades = {(boxed, answer): (float(boxed == answer), False) for boxed, answer in pairs}
         unequal = [(boxed, answer) for boxed, answer in grades if boxed and boxed != answer]
-        self.process.stdin.write(json.dumps(unequal) + "\n")
-        self.process.stdin.flush()
-        reply = self.process.stdout.readline()
-        if not reply:
-            raise RuntimeError("the grading process has died: no sample can be scored")
-        for pair, (score, failed) in zip(unequal, json.loads(reply), strict=True):
-            grades[pair] = (score, failed)
+        grades |= zip(unequal, self.threads.map(self._grade, unequal))
         return [grades[pair] for pair in pairs]
 
+    def _grade(self, pair: tuple[str, str]) -> tuple[float, bool]:
+        worker = self._idle_worker()
+        try:
+            print(json.dumps(pair), file=worker.stdin, flush=True)
+        except BrokenPipeError:  # killed while it was idle
+            return self._grade(pair)
+        if not connection.wait([worker.stdout], timeout=2 * self.deadline):
+            worker.kill()  # the kernel should have ended it: it was stopped
+        if not (reply := worker.stdout.readline()):
+            return 0.0, True  # it has died
+        self.idle.append(worker)
+        return tuple(json.loads(reply))
+
+    def _idle_worker(self) -> Popen:
+        with suppress(IndexError):
+            return self.idle.pop()
+        command = [sys.executable, os.path.abspath(__file__), str(self.deadline)]
+        with suppress(OSError):  # said below. A session of its own: Ctrl-C is for the trainer
+            worker = Popen(command, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)
+            if worker.stdout.readline():
+                return worker
+        raise RunError("the grader cannot be started, so no response can be graded: out of memory?")
+
     def __exit__(self, *exception) -> None:
-        """End the grading process and its workers."""
-        self.process.communicate()
+        self.threads.shutdown(cancel_futures=True)
+        for worker in self.idle:
+            worker.kill()
+            worker.communicate()
 
 
 def equivalent(boxed: str, answer: str) -> bool:
@@ -262,34 +272,27 @@ def equivalent(boxed: str, answer: str) -> bool:
     Only its LaTeX reader is used: the reader for plain expressions ends in Python's `eval`.
     """
     from math_verify import LatexExtractionConfig, parse, verify  # needed by the workers only
-
     def read(text: str) -> list:
         # Math-Verify reads neither LaTeX's spaces nor a full stop or line break at the end.
-        text = re.sub(r"(?<!\\)\\[,;:! ]|~|(?<=[\d}])\.$|\\+$", "", text)
+        text = re.sub(r"(?<!\\)\\(?:!\s*|[,;: ])|~|(?<=[\d}])\.$|\\+$", "", text)
         return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
-
     return verify(read(answer), read(boxed), timeout_seconds=None)  # the Grader has a deadline
 
 
-def grading_loop(workers: int, deadline: float) -> None:
-    """The grading process: a line of JSON pairs (boxed, answer) in, a line of grades out."""
-    from pebble import ProcessExpired, ProcessPool  # needed by this process only
-
+def work(deadline: float) -> None:
+    """A worker: a line with a pair (boxed, answer) in, a line with its (score, failed) out."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # or it warns of odd answers
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no reply
-    equivalent("1", "2")  # imports Math-Verify, so that the workers, forked, have it
-    with ProcessPool(workers) as pool:
-        for line in sys.stdin:
-            pairs, grades = json.loads(line), []
-            for future in [pool.schedule(equivalent, args=p, timeout=deadline) for p in pairs]:
-                try:
-                    grades.append((float(future.result()), False))
-                except (TimeoutError, ProcessExpired, MemoryError, RecursionError):
-                    grades.append((0.0, True))
-            print(json.dumps(grades), file=replies, flush=True)
-        pool.stop()
+    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no reply
+    equivalent("1", "2")  # imports Math-Verify
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, deadline)  # then the kernel ends this process
+        grade = 0.0, True
+        with suppress(MemoryError, RecursionError):
+            grade = float(equivalent(*json.loads(line))), False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(grade), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    grading_loop(workers=int(sys.argv[1]), deadline=float(sys.argv[2]))
+    work(deadline=float(sys.argv[1]))

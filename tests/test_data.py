@@ -1,13 +1,19 @@
 """data.py: what real files hold, the prompt, and a grader that no answer can hang."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import SHARED
+from conftest import ROOT, SHARED, wait_for
 from transformers import AutoTokenizer
 
 from data import (
@@ -16,6 +22,8 @@ from data import (
     Grader,
     InputError,
     Problem,
+    RunError,
+    digest_problems,
     encode_prompt,
     extract_boxed,
     load_problems,
@@ -39,6 +47,13 @@ def grader():
     ("27.0", "27"),
     (2.5, "2.5"),
     (204, "204"),
+    (1e20, "1" + "0" * 20),
+    (1e-7, "0.0000001"),
+    (True, "True"),
+    ({"value": 3}, ""),
+    ([None, "2", float("nan")], "2"),
+    ("7" * 5000, "7" * 5000),
+    ("\\boxed{2} and \\boxed{3}", "2, 3"),
     ("$\\frac{3}{4}$", "\\frac{3}{4}"),
     ("$x=2$, $y=3$", "x=2, y=3"),
     ("\\$5", "\\$5"),
@@ -57,6 +72,12 @@ def test_reference_answer(value, answer):
 @pytest.mark.parametrize(("text", "content"), [
     ("\\boxed{18}", "18"),
     ("\\boxed{1} or rather \\boxed{ 2 }", "2"),
+    ("\\boxed{1} or \\boxed{ 2 }", "1, 2"),
+    ("$\\boxed{(1, 2)}$,\\quad\\text{ and } $\\boxed{(2, 1)}$.", "(1, 2), (2, 1)"),
+    ("\\boxed{1}, so \\boxed{2}, \\boxed{3}", "2, 3"),
+    ("\\boxed{1} and \\boxed{2", None),
+    ("\\boxed{1 and \\boxed{2}", "2"),
+    ("\\boxed{2}\n\n\\boxed{2}", "2"),  # said twice
     ("\\boxed{\\frac{1}{1+\\frac{1}{2}}}.", "\\frac{1}{1+\\frac{1}{2}}"),
     ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
     ("\\boxed{\\left[0, 1\\right)} and more }", "\\left[0, 1\\right)"),
@@ -104,14 +125,21 @@ def test_an_answer_column_goes_before_a_solution(tmp_path):
 
 
 @pytest.mark.parametrize(("rows", "complaint"), [
-    ([{"problem": "q", "answer": "1"}, {"problem": "q", "answer": None}], "row 2 has no answer in 'answer'"),
-    ([{"problem": "q", "answer": "1"}, {"problem": "q"}], r"row 2 has no answer .*columns: problem"),
-    ([{"problem": "q", "solution": "a proof without a box"}], "row 1 has no answer in 'solution'"),
-    ([{"problem": 3, "answer": "1"}], "row 1 has no text in 'problem'"),
-    ([{"text": "q", "answer": "1"}], "found columns text, answer; needs one of problem, question, prompt"),
-    ([{"problem": "q", "result": "1"}], "found columns problem, result; needs one of answer"),
-    ([["q", "1"]], "every row must be an object"),
-    ([], "holds no problems"),
+    ([{"problem": "q", "answer": "1"}, {"problem": "q", "answer": None}], "row 2 has nothing readable in 'answer'"),
+    ([{"problem": "q", "answer": "1"}, {"problem": "q"}], r"row 2 has nothing readable .*columns: \['problem'\]"),
+    ([{"problem": "q", "solution": "a proof without a box"}], "row 1 has nothing readable in 'solution'"),
+    ([{"problem": 3, "answer": "1"}], "row 1 has nothing readable in 'problem'"),
+    ([{"problem": True, "answer": True}], "row 1 has nothing readable in 'problem'"),
+    ([{"problem": ["q"], "answer": "1"}], "row 1 has nothing readable in 'problem'"),
+    ([{"problem": "q", "answer": float("nan")}], "row 1 has nothing readable in 'answer'"),
+    ([{"problem": "q", "answer": "1"}, {"problem": "\ud800", "answer": "1"}], "row 2 has nothing readable in .problem"),
+    ([{"problem": "q", "answer": "\udfff"}], "row 1 has nothing readable in 'answer'"),
+    ([{"text": "q", "answer": "1"}], r"has columns \['text', 'answer'\]; needs one of \('problem', 'question'"),
+    ([{"problem": "q", "result": "1"}], r"has columns \['problem', 'result'\]; needs one of \('answer'"),
+    ([{"problem\n": "q"}], r"has columns \['problem\\n'\]"),
+    ([["q", "1"]], "must hold rows, each an object"),
+    ([None], "must hold rows, each an object"),
+    ([], "must hold rows"),
 ])
 def test_bad_rows_are_named(tmp_path, rows, complaint):
     with pytest.raises(InputError, match=complaint) as error:
@@ -119,15 +147,82 @@ def test_bad_rows_are_named(tmp_path, rows, complaint):
     assert "bad.jsonl" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bad_files_are_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "content", "complaint"), [
+    ("a.jsonl", b'{"problem": "q", "answer": "1"}\n{"problem": ', r"a.jsonl: line 2 is not readable JSON \(Expecting"),
+    ("a.json", b'[{"problem": "q",\n"answer": }]', "a.json: line 2 is not readable JSON"),
+    ("a.json", b"", "must hold rows"),
+    ("a.jsonl", b"1\n" + b"[" * 100_000, "line 2 is not readable JSON .*recursion"),
+    ("a.jsonl", b'{"problem": "q", "answer": ' + b"7" * 5000 + b"}", "line 1 is not readable JSON .*digits"),
+    ("b.jsonl", b'{"problem": "\xff"}', "b.jsonl: 'utf-8' codec"),
+    ("c.parquet", b"not parquet", "c.parquet: .*magic bytes not found"),
+    ("c.parquet", b"", "c.parquet: "),
+])
+def test_bad_files_are_named(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=complaint) as error:
+        load_problems(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_parquet_is_named_or_read(tmp_path):
+    """Whichever of its bytes are damaged; what is read may be wrong, for pages have no checksum."""
+    path, named = tmp_path / "a.parquet", 0
+    whole = Path(write(path, [{"problem": f"{i} + {i}?", "answer": str(2 * i)} for i in range(2000)])).read_bytes()
+    for seed in range(300):
+        damage = random.Random(seed)
+        start = damage.randrange(4, len(whole) - 16)
+        path.write_bytes(whole[:start] + damage.randbytes(16) + whole[start + 16 :])
+        try:
+            load_problems(str(path))
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            named += 1
+    assert named > 30
+
+
+@pytest.mark.parametrize(("spec", "complaint"), [
+    ("missing.jsonl", "missing.jsonl: no such file"), ("x" * 300 + ".jsonl", "file name too long"),
+    ("folder.jsonl", "folder.jsonl: is a directory"), ("folder.parquet", "is a directory"),
+    ("missing.jsonl/a.json", "no such file"), ("nobody/nothing", "nor a hub data set"),
+    ("", "'': neither"), ("/", "'/': neither"), (":", "':': neither"), ("::", "neither"), (".", "neither"),
+    ("y" * 5000, "neither"),
+])
+def test_what_is_no_file_is_named(tmp_path, monkeypatch, spec, complaint):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "a.jsonl").write_text('{"problem": "q", "answer": "1"}\n{"problem": ')
-    (tmp_path / "b.jsonl").write_bytes(b'{"problem": "\xff"}')
-    (tmp_path / "c.parquet").write_bytes(b"not parquet")
-    for name, complaint in [("a.jsonl", "line 2 is not JSON"), ("b.jsonl", "not UTF-8"), ("c.parquet", "not a parquet"),
-                            ("missing.jsonl", "no such file"), ("nobody/nothing", "nor a hub data set")]:
-        with pytest.raises(InputError, match=complaint):
-            load_problems(str(tmp_path / name) if "." in name else name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "folder.parquet").mkdir()
+    with pytest.raises(InputError, match=complaint) as error:
+        load_problems(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{"problem": "q", "answer": "1"}])
+
+    def refuse(path):  # what root never meets
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InputError, match="a.jsonl: permission denied"):
+        load_problems(path)
+
+
+def test_empty_lines_cost_nothing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"problem": "q", "answer": "1"}' + "\n" * 2_000_000)
+    start = time.monotonic()
+    assert load_problems(str(path)) == [Problem(0, "q", "1")]
+    assert time.monotonic() - start < 10
+
+
+def test_the_digest_tells_problems_apart():
+    one, two = Problem(0, "1+1?", "2"), Problem(1, "2+2?", "4")
+    others = [[two, one], [one], [one, Problem(1, "2+2?", "5")], [one, Problem(1, "2+3?", "4")],
+              [one, Problem(2, "2+2?", "4")], [one, Problem(1, "2+2?4", "")], []]
+    digests = {digest_problems(problems) for problems in [[one, two], *others]}
+    assert len(digests) == 1 + len(others) and {len(digest) for digest in digests} == {16}
+    assert digest_problems([one, Problem(1, "2+2?", "4", prompt_ids=[1])]) == digest_problems([one, two])
 
 
 @pytest.mark.parametrize(("name", "size", "last"), [
@@ -149,6 +244,22 @@ def test_the_prompt_is_the_chat_template_s_or_plain(toy):
     tokenizer.chat_template = None
     plain = tokenizer.decode(encode_prompt(tokenizer, problem))
     assert "7+15-4" in plain and SYSTEM_PROMPT in plain and INSTRUCTION in plain
+
+
+@pytest.mark.parametrize(("template", "complaint"), [
+    ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+    ("{% for m in messages %}", "fails"), ("{{ messages[5].content.text }}", "fails"), ("{{ 'a' + 1 }}", "fails"),
+    ("", None), ("{# nothing #}", "the prompt is empty"),
+])
+def test_a_broken_chat_template_is_named(toy, template, complaint):
+    tokenizer = AutoTokenizer.from_pretrained(toy)
+    tokenizer.chat_template = template
+    if complaint is None:  # none: the plain prompt
+        assert encode_prompt(tokenizer, Problem(0, "1+1", "2"))
+        return
+    with pytest.raises(InputError, match=complaint) as error:
+        encode_prompt(tokenizer, Problem(0, "1+1", "2"))
+    assert "--model: its chat template" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("boxed", "answer", "score"), [
@@ -178,3 +289,100 @@ def test_hung_workers_are_killed_and_the_others_go_on(grader):
 def test_odd_answers_score_zero(grader, boxed):
     (score, _), = grader([f"\\boxed{{{boxed}}}"], ["18"])
     assert score == 0.0
+
+
+class WatchedGrader(Grader):
+    """Keeps its workers, with those that have ended."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.workers = {}
+
+    def _idle_worker(self):
+        worker = super()._idle_worker()
+        self.workers[worker.pid] = worker
+        return worker
+
+    def alive(self) -> list:
+        return [worker for worker in list(self.workers.values()) if worker.poll() is None]
+
+
+def halves(number: int) -> tuple[list[str], list[str]]:
+    """Responses 2i/4 and references, every second of them right, none of them equal as text."""
+    return [f"\\boxed{{\\frac{{{2 * i}}}{{4}}}}" for i in range(number)], [str(i // 2) for i in range(number)]
+
+
+def check_grades(grader, number: int = 8) -> None:
+    assert grader(*halves(number)) == [(float(i % 2 == 0), False) for i in range(number)]
+
+
+def test_idle_workers_may_be_killed():
+    with WatchedGrader(workers=2, deadline=5.0) as grader:
+        check_grades(grader)
+        killed = grader.alive()
+        for worker in killed:
+            worker.kill()
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        check_grades(grader)
+        assert killed and not set(killed) & set(grader.alive())
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_killed_or_stopped_at_work_costs_its_answer_alone(sent):
+    with WatchedGrader(workers=1, deadline=3.0) as grader:
+        check_grades(grader)
+        threading.Timer(0.5, grader.alive()[0].send_signal, [sent]).start()
+        start = time.monotonic()
+        assert grader(["\\boxed{9^{9^{9^{9}}}}", "\\boxed{18.0}"], ["18", "18"]) == [(0.0, True), (1.0, False)]
+        assert time.monotonic() - start < 20
+        check_grades(grader)
+
+
+def test_a_stopped_worker_does_not_outlive_its_grader():
+    with WatchedGrader(workers=1) as grader:
+        check_grades(grader)
+        grader.alive()[0].send_signal(signal.SIGSTOP)
+    assert grader.alive() == []
+
+
+def test_workers_killed_at_random_moments_cost_one_answer_each():
+    chance, killed, failed = random.Random(0), set(), 0
+    with WatchedGrader(workers=2, deadline=5.0) as grader:
+
+        def kill_workers() -> None:
+            while len(killed) < 25:
+                time.sleep(chance.uniform(0, 0.3))
+                for worker in grader.alive()[:1]:
+                    worker.kill()
+                    killed.add(worker.pid)
+
+        killer = threading.Thread(target=kill_workers)
+        killer.start()
+        while killer.is_alive():
+            grades = grader(*halves(40))
+            assert all(broken or score == float(i % 2 == 0) for i, (score, broken) in enumerate(grades))
+            failed += sum(broken for _, broken in grades)
+        assert 0 < failed <= len(killed)
+        check_grades(grader)
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    """Even if it is killed, and a worker hangs."""
+    code = ("from data import Grader\ngrader = Grader(workers=1, deadline=3.0)\ngrader(['\\\\boxed{1.0}'], ['1'])\n"
+            "print(grader.idle[0].pid, flush=True)\ngrader(['\\\\boxed{9^{9^{9^{9}}}}'], ['1'])")
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = Path(f"/proc/{int(trainer.stdout.readline())}")
+    time.sleep(1)  # it waits for the answer that hangs
+    trainer.kill()
+    trainer.communicate()
+    wait_for(lambda: not worker.exists() or ") Z " in (worker / "stat").read_text(), 10)
+
+
+def test_a_grader_that_cannot_start_says_so(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Grader(workers=2) as grader, pytest.raises(RunError, match="cannot be started") as error:
+        grader(*halves(4))
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(sys, "executable", "missing")
+    with Grader(workers=2) as grader, pytest.raises(RunError, match="cannot be started"):
+        grader(*halves(4))
