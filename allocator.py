@@ -31,6 +31,28 @@ import operator
 import numpy as np
 
 
+def summarise_samples(prompts, is_right, lengths, norms, num_prompts: int) -> dict:
+    """What graded samples say of each prompt: a table of columns, (num_prompts,) each.
+
+    prompts: the row of each sample's prompt; is_right; lengths, in tokens; norms, of gradients;
+    (samples,) each. norm_right, norm_wrong: root mean squares over right and over wrong samples,
+    0 without any, as in the derivation (Algorithm 2 writes the mean).
+    """
+
+    def total(values: np.ndarray) -> np.ndarray:
+        """The sum over each prompt's samples: (samples,) to (num_prompts,)."""
+        return np.bincount(prompts, values, minlength=num_prompts)
+
+    num_drawn, num_right = total(np.ones(len(prompts))), total(is_right)
+    return {
+        "num_right": num_right.astype(int),
+        "num_drawn": num_drawn.astype(int),
+        "norm_right": np.sqrt(total(norms**2 * is_right) / np.maximum(num_right, 1)),
+        "norm_wrong": np.sqrt(total(norms**2 * ~is_right) / np.maximum(num_drawn - num_right, 1)),
+        "mean_length": total(lengths) / np.maximum(num_drawn, 1),
+    }
+
+
 def gvm_weights(accept_rates, grad_norms, alpha: float = 1e-3, beta: float = 2.0) -> np.ndarray:
     """Proposition 1: w_i = G_i / sqrt(p_i + alpha / p_i^(beta - 1)), (prompts,).
 
@@ -149,6 +171,18 @@ def allocate(weights, budget, min_samples=0, max_samples=None, prices=None) -> n
     value = weights / np.sqrt(prices)
     start = np.maximum(lower, np.minimum(_head_start(value, lower, prices, budget), upper))
     return _buy_one_by_one(value, start.astype(np.int64), upper, prices, budget)
+
+
+def allocate_round(weights, already, mean_samples, rounds_left, prices=None) -> np.ndarray:
+    """The counts after this round, (prompts,), if it spends an equal part of what is left.
+
+    already: how many samples each prompt has, (prompts,). mean_samples: what the budget is for
+    each prompt in the end. weights, prices, errors: as for `allocate`.
+    """
+    costs = np.ones(len(already)) if prices is None else np.asarray(prices)
+    spent = costs @ already
+    left = max(mean_samples * costs.sum() - spent, 0)
+    return allocate(weights, spent + left / rounds_left, already, prices=costs)
 
 
 def _buy_one_by_one(value, counts, upper, prices, budget) -> np.ndarray:

@@ -12,7 +12,6 @@ to repeat the figures; and summary.json, the figures. Training calls `evaluate` 
 import argparse
 import hashlib
 import importlib.metadata
-import json
 import math
 import os
 import re
@@ -26,12 +25,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils import cached_file
 
-from data import BENCHMARKS, SYSTEM_PROMPT, TOY, Grader, InputError, Problem, Sample
+from data import BENCHMARKS, SYSTEM_PROMPT, TOY, Grader, InputError, Problem
 from data import encode_prompt, extract_boxed, read_rows
 from model import add_model_flags, load_model
-from run import append_rows, claim_folder, join_ranks, non_negative, on_rank0, parse_flags
-from run import positive_int, print0, run_script
-from sampler import EVALUATION, add_sampler_flags, as_rows, draw, load_prompts, make_sampler
+from run import RunState, append_rows, claim_folder, join_ranks, non_negative, on_every_rank
+from run import on_rank0, parse_flags, positive_int, print0, read_json, run_script, write_json
+from sampler import EVALUATION, add_sampler_flags, as_rows, compare_problems, draw, load_prompts
+from sampler import make_sampler
 
 # --- metrics -------------------------------------------------------------------------------
 def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
@@ -48,8 +48,8 @@ def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
 def majority_scores(answers: list[list[str]], scores: np.ndarray, grader) -> np.ndarray:
     """maj@k of each problem, (problems,): the score of the answer that most of its samples give.
 
-    answers: k per problem, "" for none, which is no vote. scores: (problems, k). Two answers are
-    the same if the grader says so; of two with as many votes, the first counts.
+    answers: k per problem, "" for none, which is no vote. scores: (problems, k). The grader says
+    which answers are the same; of two with as many votes, the first counts.
     """
     pairs = []  # (problem, one sample, another sample)
     for i, group in enumerate(answers):
@@ -65,15 +65,21 @@ def majority_scores(answers: list[list[str]], scores: np.ndarray, grader) -> np.
     return scores[np.arange(len(scores)), votes.argmax(axis=1)]
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+def mean_and_error(values: np.ndarray) -> dict:
     """Mean over problems and its standard error, 0 for a single problem; values: (problems,)."""
-    if len(values) == 1:
-        return float(values[0]), 0.0
-    return values.mean().item(), values.std(ddof=1).item() / math.sqrt(len(values))
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": float(values.mean()), "standard_error": float(error)}
 
 
-def summarise(rows: list[dict], grader) -> dict[str, tuple[float, float]]:
-    """(mean, standard error) over problems of each metric; rows: k of each problem in turn."""
+def sampling_error(scores: np.ndarray) -> float | None:
+    """The error of avg@k over samples alone, for the same problems; scores: (n, k), k > 1."""
+    n, k = scores.shape
+    p = scores.mean(axis=1)  # sqrt(sum_i p_i (1 - p_i) / (k - 1)) / n
+    return math.sqrt((p * (1 - p)).sum() / (k - 1)) / n if k > 1 else None
+
+
+def summarise(rows: list[dict], grader) -> dict[str, dict]:
+    """`mean_and_error` of each metric; rows: k of each problem in turn."""
     num_problems = len({row["problem"] for row in rows})
     k = len(rows) // num_problems
     scores = np.reshape([row["score"] for row in rows], (num_problems, k))
@@ -88,7 +94,9 @@ def summarise(rows: list[dict], grader) -> dict[str, tuple[float, float]]:
     metrics["truncated"] = [row["finish_reason"] == "length" for row in rows]
     metrics["grader_failures"] = [row["grader_failed"] for row in rows]
     per_problem = {name: np.reshape(x, (num_problems, -1)) for name, x in metrics.items()}
-    return {name: mean_and_error(x.mean(axis=1)) for name, x in per_problem.items()}
+    summary = {name: mean_and_error(x.mean(axis=1)) for name, x in per_problem.items()}
+    summary[f"avg@{k}"]["sampling_error"] = sampling_error(scores)
+    return summary
 
 
 def add_report_flags(parser: argparse.ArgumentParser) -> None:
@@ -104,14 +112,13 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
 def evaluate(sampler, grader, problems: list[Problem], args: argparse.Namespace) -> dict:
     """The means of `summarise` over --eval-samples samples per problem, for the log.
 
-    Every call uses the same seeds: two evaluations of a run differ by the model alone (but for
-    vLLM on CUDA, whose seeds go on).
+    Every call has the same seeds (not with vLLM on CUDA): only the model makes a difference.
     """
     k = args.eval_samples
-    counts, key = np.full(len(problems), k), (args.seed, EVALUATION, 0)
-    samples = draw(sampler, grader, problems, counts, seed_key=key,
-                   temperature=args.eval_temperature)
-    means = {name: m for name, (m, _) in summarise(as_rows(samples, problems), grader).items()}
+    samples = draw(sampler, grader, problems, np.full(len(problems), k),
+                   seed_key=(args.seed, EVALUATION, 0), temperature=args.eval_temperature)
+    summary = summarise(as_rows(samples, problems), grader)
+    means = {name: metric["mean"] for name, metric in summary.items()}
     accuracy = means.pop(f"avg@{k}")
     return {"eval_accuracy": accuracy} | {f"eval_{name}": mean for name, mean in means.items()}
 
@@ -120,7 +127,8 @@ def evaluate(sampler, grader, problems: list[Problem], args: argparse.Namespace)
 
 GRADER = f"math-verify {importlib.metadata.version('math-verify')}"
 PROTOCOL = "protocol.json"
-NEEDED = {"problem", "index", "response", "reference", "score", "finish_reason", "tokens"}
+COLUMNS = {"problem": int, "index": int, "response": str, "reference": str, "score": float,
+           "grader_failed": bool, "finish_reason": str, "tokens": int}  # beside "answer"
 
 
 def add_command_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,8 +138,7 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
         help=f"benchmarks, with commas between them: {', '.join(BENCHMARKS)}, or files, or hub "
         "data sets name[:config[:split]]")
     add("--samples", type=positive_int, default=8, help="k, the samples of each problem")
-    add("--limit", type=positive_int, default=None,
-        help="use the first problems of each benchmark only")
+    add("--limit", type=positive_int, help="use the first problems of each benchmark only")
     add("--out", default=None,
         help="folder of the evaluation; None: runs/eval-MODEL, or with --rescore nothing is kept")
     add("--resume", action="store_true",
@@ -161,28 +168,37 @@ def describe_protocol(args: argparse.Namespace, model, sampler) -> dict:
     }
 
 
-def start_folder(out: Path, protocol: dict, names: list[str]) -> None:
-    """Write protocol.json, or compare with it; cut lines that a killed process left unfinished."""
+def start_folder(out: Path, protocol: dict) -> None:
+    """Write protocol.json, or compare with it; cut torn last lines of the files in "problems"."""
     record = out / PROTOCOL
-    if record.exists():
-        before = json.loads(record.read_text())
-        changed = [name for name in protocol if protocol[name] != before.get(name)]
-        if changed:
-            raise InputError(
-                f"--out {out}: was made with another {', '.join(changed)}; choose another --out"
-            )
-    record.write_text(json.dumps(protocol, indent=1))
-    for path in (out / f"{name}.jsonl" for name in names):
-        if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    before = read_json(record) if record.exists() else protocol | {"problems": {}}
+    changed = {name for name in protocol if protocol[name] != before.get(name)} - {"problems"}
+    if changed:
+        raise InputError(f"--out {out}: was made with another {', '.join(sorted(changed))}; choose "
+                         "another --out")
+    held = [path for path in out.glob("*.jsonl") if path.stem in protocol["problems"]]
+    for path in held:
+        if before["problems"].get(path.stem) != protocol["problems"][path.stem]:
+            raise InputError(f"{path}: is not of these problems; choose another --out")
+    write_json(record, protocol | {"problems": before["problems"] | protocol["problems"]})
+    for path in held:
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def read_samples(path: Path) -> list[dict]:
+    """The rows of a NAME.jsonl; raises InputError if this command did not write it."""
+    rows = read_rows(path)
+    for line, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or any(type(row.get(n)) is not t for n, t in COLUMNS.items()):
+            raise InputError(f"{path}: line {line} is no sample; give a NAME.jsonl of eval.py")
+    if len({(row["problem"], row["index"]) for row in rows}) < len(rows):
+        raise InputError(f"{path}: holds a sample twice; choose another file")
+    return rows
 
 
 def draw_benchmark(path: Path, problems: list[Problem], sampler, grader, args) -> list[dict]:
     """--samples rows per problem, in order: what `path` holds, and new ones, appended to it."""
-    rows = read_rows(path) if path.exists() else []
-    references = {problem.id: problem.answer for problem in problems}
-    if any(references.get(row["problem"]) != row["reference"] for row in rows):
-        raise InputError(f"--resume: {path} holds answers to other problems; choose another --out")
+    rows = read_samples(path) if path.exists() else []
     held = Counter(row["problem"] for row in rows)
     left = [problem for problem in problems if held[problem.id] < args.samples]
     # So many problems are drawn before they are saved.
@@ -206,13 +222,14 @@ def draw_all(args: argparse.Namespace, out: Path, grader, device) -> tuple[dict,
     specs = {Path(spec).stem: spec for spec in args.data.split(",")}
     if len(specs) < len(args.data.split(",")):
         raise InputError(f"--data {args.data}: two end alike, and would be one file; rename one")
-    model, tokenizer = load_model(args, device)
-    problems = {}
+    model, tokenizer = on_every_rank(load_model, args, device)
+    problems, state = {}, RunState()
     for name, spec in specs.items():
-        problems[name] = load_prompts(spec, "test", tokenizer, args, args.limit)
+        problems[name] = on_every_rank(load_prompts, spec, "test", tokenizer, args, args.limit)
+    compare_problems(state, problems)
     sampler = make_sampler(model, tokenizer, args)
-    protocol = describe_protocol(args, model, sampler)
-    on_rank0(start_folder, out, protocol, list(specs))
+    protocol = describe_protocol(args, model, sampler) | {"problems": state.problems}
+    on_rank0(start_folder, out, protocol)
     rows = {}
     for name in specs:
         rows[name] = draw_benchmark(out / f"{name}.jsonl", problems[name], sampler, grader, args)
@@ -221,36 +238,33 @@ def draw_all(args: argparse.Namespace, out: Path, grader, device) -> tuple[dict,
 
 def rescore(path: Path, out: Path | None, grader) -> tuple[dict, dict]:
     """(protocol, rows by benchmark) of the samples in `path`, graded anew; kept in `out` if set."""
-    rows = read_rows(path)
-    if not rows or not all(isinstance(row, dict) and NEEDED <= row.keys() for row in rows):
-        raise InputError(f"--rescore {path}: holds no samples; give a NAME.jsonl of eval.py")
-    if len(set(Counter(row["problem"] for row in rows).values())) > 1:
-        raise InputError(
-            f"--rescore {path}: problems differ in their number of samples; --resume it first"
-        )
+    rows = read_samples(path)
+    if len(set(Counter(row["problem"] for row in rows).values())) != 1:
+        raise InputError(f"--rescore {path}: problems differ in samples; --resume it first")
     rows.sort(key=lambda row: (row["problem"], row["index"]))
-    scores = [row["score"] for row in rows]
     grades = grader([row["response"] for row in rows], [row["reference"] for row in rows])
+    changed = sum(row["score"] != score for row, (score, _) in zip(rows, grades))
     for row, (score, failed) in zip(rows, grades):
         row |= {"answer": extract_boxed(row["response"]), "score": score, "grader_failed": failed}
-    changed = sum(row["score"] != before for row, before in zip(rows, scores))
     print0(f"{path}: {changed} of {len(rows)} scores differ from the saved ones, with {GRADER}")
     record = path.parent / PROTOCOL
-    protocol = json.loads(record.read_text()) if record.exists() else {}
-    protocol["grader"] = GRADER
+    protocol = read_json(record) if record.exists() else {}
+    protocol |= {"grader": GRADER, "problems": {path.stem: "graded anew"}}
     if out:
-        on_rank0(start_folder, out, protocol, [])
+        on_rank0(start_folder, out, protocol)
         on_rank0(append_rows, out / path.name, rows)
     return protocol, {path.stem: rows}
 
 
 def as_table(results: dict[str, dict]) -> str:
-    """Markdown, one line per benchmark: mean ± standard error of each metric."""
+    """Markdown, one line per benchmark: mean ± standard error; avg@k has (sampling_error), too."""
     lines = [["benchmark", *next(iter(results.values()))]]
     lines.append(["---"] * len(lines[0]))
     for name, result in results.items():
         num_problems, *metrics = result.values()
         shown = [f"{m['mean']:.4g} ± {m['standard_error']:.2g}" for m in metrics]
+        if metrics[0]["sampling_error"] is not None:
+            shown[0] += f" ({metrics[0]['sampling_error']:.2g})"
         lines.append([name, str(num_problems), *shown])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -269,14 +283,12 @@ def main(argv=None) -> None:
             protocol, rows = rescore(Path(args.rescore), out, grader)
         else:
             protocol, rows = draw_all(args, out, grader, device)
-        results = {}
-        for name, benchmark_rows in rows.items():
-            results[name] = {"problems": len({row["problem"] for row in benchmark_rows})}
-            for metric, (mean, error) in summarise(benchmark_rows, grader).items():
-                results[name][metric] = {"mean": mean, "standard_error": error}
+        results = {
+            name: {"problems": len({row["problem"] for row in part})} | summarise(part, grader)
+            for name, part in rows.items()
+        }
         if out:
-            summary = json.dumps({"protocol": protocol, "results": results}, indent=1)
-            on_rank0((out / "summary.json").write_text, summary)
+            on_rank0(write_json, out / "summary.json", {"protocol": protocol, "results": results})
     print0("\n".join(f"{name}: {value}" for name, value in protocol.items()))
     print0(f"\n{as_table(results)}")
 

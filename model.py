@@ -1,25 +1,26 @@
-"""The policy: loading a model, log-probs and gradient norms in one forward pass, micro-batches.
+"""The policy: loading, log-probs and gradient norms in one forward pass, DDP, checkpoints.
 
     model, tokenizer = load_model(args, device)
-    policy = Policy(model, args.temperature)                      # log-probs of responses
-    fill_logprobs(policy, samples, max_tokens=16384, with_norms=True)
-    trained = distribute(policy)                                  # DDP: for forward and backward
+    policy = Policy(model, args.temperature)            # log-probs of responses
+    trained = distribute(policy)                        # DDP: for forward and backward
 """
 
 import argparse
+import shutil
+from dataclasses import asdict
+from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as state_dicts
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from data import TOY, InputError, Sample
-from run import gather, number, positive_int, print0
+from data import TOY, InputError, Problem, encode_prompt
+from run import RunState, digest, gather, number, on_rank0, positive_int, print0, read_json
+from run import remove_old_checkpoints, write_json
 
 HEAD_CHUNK = 512  # tokens whose logits, (tokens, vocabulary) in fp32, are held at once
 # Config entries by which models change their logits after the head (Gemma 2, Cohere, Granite).
@@ -38,27 +39,22 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="responses are cut there, and graded as they are; the paper: 3072")
 
 
-def add_memory_flags(parser: argparse.ArgumentParser) -> None:
-    """How much the policy works on at once: less memory, the same result but for rounding."""
-    add = parser.add_argument_group("memory").add_argument
-    add("--tokens-per-micro-batch", type=positive_int, default=16384,
-        help="padded tokens in one forward pass; lower it if memory runs out")
-
-
 def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
     """(model in fp32, tokenizer) from `checkpoint`, if given, or --model.
 
-    Raises InputError if the model cannot be had, or cannot hold the prompts and responses.
+    Raises InputError if the model cannot be had whole, or cannot hold the prompts and responses.
     """
     source = checkpoint or args.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(
-            f"--model {source}: cannot be loaded ({type(error).__name__}: {reason})"
-        ) from error
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # there is no list of what a broken folder can raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        known = "" if Path(source).is_dir() else "no such folder, nor a model of the hub; "
+        raise InputError(f"--model {source}: cannot be loaded ({known}{reason})") from error
+    _check_weights(source, model, report)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and args.max_prompt_tokens + args.max_response_tokens > context:
         raise InputError(
@@ -68,8 +64,7 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
     end_ids = model.generation_config.eos_token_id  # an int, a list or None
     end_ids = set(end_ids if isinstance(end_ids, list) else [end_ids])
     end_ids = (end_ids | {tokenizer.eos_token_id}) - {None}
-    if not end_ids:
-        raise InputError(f"--model {source}: has no end-of-sequence token")
+    _check_tokenizer(source, tokenizer, end_ids, model.get_input_embeddings().num_embeddings)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = min(end_ids)
     # Published generation settings may hold top-k or penalties: drop them. Samples must come
@@ -77,9 +72,36 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(end_ids), pad_token_id=tokenizer.pad_token_id
     )
+    return model.to(device), tokenizer
+
+
+def _check_weights(source, model, report: dict) -> None:
+    """InputError for tensors that are not in the files, which are random, or not finite."""
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    broken = [name for name, weights in model.named_parameters() if not weights.isfinite().all()]
+    if missing:
+        raise InputError(f"--model {source}: its files lack tensors of the model ({missing[0]}, "
+                         f"{len(missing)} in all); get it again")
+    if broken:
+        raise InputError(f"--model {source}: holds NaN or infinity ({broken[0]}); get it again")
+    if unused:
+        print0(f"warning: {source} has tensors without a use ({unused[0]}, {len(unused)} in all)")
+
+
+def _check_tokenizer(source, tokenizer, end_ids: set[int], vocabulary: int) -> None:
+    """InputError unless questions survive encoding, to ids that the model knows."""
+    if not end_ids:
+        raise InputError(f"--model {source}: has no end-of-sequence token")
+    one, other = (encode_prompt(tokenizer, Problem(0, text, "")) for text in ("4+3", "9-1"))
+    if one == other:
+        raise InputError(f"--model {source}: its tokenizer cannot tell questions apart; is "
+                         "tokenizer.json missing?")
+    highest = max(*tokenizer.get_vocab().values(), *end_ids)
+    if highest >= vocabulary:
+        raise InputError(f"--model {source}: its tokenizer has the id {highest}, but the model "
+                         f"knows {vocabulary} tokens; they do not belong together")
     if tokenizer.chat_template is None:
         print0(f"{source} has no chat template: prompts use a plain one")
-    return model, tokenizer
 
 
 class Policy(nn.Module):
@@ -200,41 +222,78 @@ def micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[
     return [batches + [[]] * (most - len(batches)) for batches in shares]
 
 
-def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
-    """Policy's inputs: input_ids, attention_mask, response_mask, (batch, time) each."""
-    rows = {"input_ids": [], "attention_mask": [], "response_mask": []}
-    for sample in samples:
-        ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids])).long()
-        rows["input_ids"].append(ids)
-        rows["attention_mask"].append(torch.ones_like(ids))
-        rows["response_mask"].append(torch.arange(len(ids)) >= len(sample.prompt_ids))
-    return {name: pad_sequence(row, batch_first=True).to(device) for name, row in rows.items()}
+# --- checkpoints -----------------------------------------------------------------------------
+
+# Whole tensors under plain names, so that any number of ranks can load what any other has saved.
+WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-@torch.no_grad()
-def fill_logprobs(
-    policy: Policy, samples: list[Sample], max_tokens: int, with_norms=False, into="old_logprobs"
-) -> None:
-    """Fill in an attribute of each sample with its log-probs; with_norms: head_grad_norm as well.
+def save_checkpoint(out: Path, state: RunState, model, optimizer, tokenizer, keep: int) -> None:
+    """Write OUT/checkpoints/step-N, a folder for from_pretrained; keep the newest `keep`.
 
-    The work is shared out over the ranks, at most `max_tokens` padded tokens at a time.
+    It is written beside and renamed, so it is there whole or not at all, and holds a digest of
+    each file. Called on all ranks.
     """
-    lengths = [sample.total_tokens for sample in samples]
-    mine = micro_batches(lengths, dist.get_world_size(), max_tokens)[dist.get_rank()]
-    scored = []
-    for rows in filter(None, mine):
-        batch = [samples[i] for i in rows]
-        logprobs, norms = policy(**collate(batch, policy.model.device), with_norms=with_norms)
-        rows_of_logprobs = logprobs.cpu().split([len(sample.response_ids) for sample in batch])
-        copies = [row.numpy().copy() for row in rows_of_logprobs]  # not views of the whole batch
-        scored += zip(rows, copies, norms.tolist() if with_norms else [0.0] * len(batch))
-    for i, logprobs, norm in gather(scored):
-        setattr(samples[i], into, logprobs)
-        if with_norms:
-            samples[i].head_grad_norm = norm
+    weights, moments = state_dicts.get_model_state_dict(model, options=WHOLE), None
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    weights = {name: weights[name] for name in names & weights.keys()}  # a tied head only once
+    if optimizer.state:  # it has none before its first step, and asking would make a step
+        moments = state_dicts.get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    final = out / "checkpoints" / f"step-{state.step:06d}"
+    partial = final.with_suffix(".partial")
+
+    def write():
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            model.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+            if moments is not None:
+                torch.save(moments, partial / "optimizer.pt")
+            write_json(partial / "state.json", asdict(state))
+            digests = {path.name: digest(path) for path in partial.iterdir()}
+            write_json(partial / "digests.json", digests)
+            digest(partial / "digests.json")
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
+            shutil.rmtree(partial)
+            raise InputError(f"--out: the checkpoint of step {state.step} cannot be written "
+                             f"({error}); make room, then --resume") from error
+        shutil.rmtree(final, ignore_errors=True)  # a broken one, which --resume passed over
+        partial.rename(final)
+        remove_old_checkpoints(final, state, keep)
+
+    on_rank0(write)
 
 
-def per_token(samples: list[Sample], name: str, device: torch.device) -> torch.Tensor:
-    """An attribute of the samples, one number or (response,) each, as fp32 (tokens,)."""
-    rows = [np.broadcast_to(getattr(s, name), len(s.response_ids)) for s in samples]
-    return torch.from_numpy(np.concatenate(rows)).to(device, torch.float32)
+def newest_checkpoint(out: Path) -> tuple[Path | None, RunState]:
+    """The newest whole checkpoint and its state, the same on all ranks; (None, a new state).
+
+    Warns of damaged ones; raises InputError if all are.
+    """
+
+    def find():
+        saved = sorted(out.glob("checkpoints/step-??????"), reverse=True)
+        for path in saved:
+            try:
+                digests = read_json(path / "digests.json")
+                if digests and all(digest(path / n) == value for n, value in digests.items()):
+                    return path, RunState(**read_json(path / "state.json"))
+            except (OSError, InputError, TypeError):
+                pass  # as good as another digest
+            print0(f"warning: {path} is damaged, trying the one before")
+        if saved:
+            raise InputError(f"--resume: no checkpoint in {out} is whole; choose another --out")
+        return None, RunState()
+
+    return gather([on_rank0(find)])[0]
+
+
+def load_optimizer(checkpoint: Path, model, optimizer) -> None:
+    """Load the optimizer's state from a checkpoint, if it had one. Called on all ranks."""
+    path = checkpoint / "optimizer.pt"
+    if path.exists():
+        flags = {name: optimizer.param_groups[0][name] for name in ("lr", "weight_decay")}
+        moments = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state_dicts.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
+        optimizer.param_groups[0].update(flags)  # they win over those of the checkpoint
+        for state in optimizer.state.values():  # copies: the file may be deleted, not stay mapped
+            state.update({name: value.clone() for name, value in state.items()})

@@ -15,6 +15,7 @@ One step, and where it lies:
 
 import argparse
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +24,22 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import run
-from data import BENCHMARKS, Grader, InputError, Problem, Sample
+from data import BENCHMARKS, Grader, InputError, Problem, RunError, Sample
 from eval import add_report_flags, evaluate
-from gvm import add_budget_flags, check_budget, draw_step
-from model import Policy, add_memory_flags, add_model_flags, collate, distribute, fill_logprobs
-from model import load_model, micro_batches, per_token
+from gvm import add_budget_flags, check_budget, draw_step, sampler_gap
+from model import Policy, add_model_flags, distribute, load_model, load_optimizer, micro_batches
+from model import newest_checkpoint, save_checkpoint
 from run import non_negative, number, positive_int
-from sampler import add_sampler_flags, load_prompts, make_sampler, sampler_gap
+from sampler import add_sampler_flags, collate, compare_problems, fill_logprobs, load_prompts
+from sampler import make_sampler
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of this script."""
-    for add_part in (add_model_flags, add_sampler_flags, add_budget_flags, add_memory_flags):
+    for add_part in (add_model_flags, add_sampler_flags, add_budget_flags):
         add_part(parser)
     add = parser.add_argument_group("objective").add_argument
-    add("--objective", choices=OBJECTIVES, default="raft", help="which samples are trained on")
+    add("--objective", choices=OBJECTIVES, default="raft", help="an entry of OBJECTIVES")
     add("--loss", choices=LOSSES, default="raft++", help="raft: -A ln pi; raft++: Eq. 8, clipped")
     add("--clip-low", type=non_negative, default=0.2, help="raft++: ratio >= 1 - this, if A < 0")
     add("--clip-high", type=non_negative, default=0.28,
@@ -54,7 +56,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--grad-clip", type=number(float, low=1e-6), default=1.0, help="largest gradient norm")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
     add_report_flags(parser)
-    run.add_run_flags(parser)
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="folder of the run, seen by all nodes; None: runs/OBJECTIVE-ALLOCATOR-SEED")
+    add("--resume", action="store_true",
+        help="continue from the newest checkpoint in --out, or start if there is none")
+    add("--save-every", type=positive_int, default=10, help="steps; the last is always saved")
+    add("--keep", type=positive_int, default=2, help="checkpoints kept")
 
 
 def raft_objective(samples: list[Sample], args) -> tuple[np.ndarray, np.ndarray]:
@@ -129,6 +136,12 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
     return updates
 
 
+def per_token(samples: list[Sample], name: str, device: torch.device) -> torch.Tensor:
+    """An attribute of the samples, one number or (response,) each, as fp32 (tokens,)."""
+    rows = [np.broadcast_to(getattr(s, name), len(s.response_ids)) for s in samples]
+    return torch.from_numpy(np.concatenate(rows)).to(device, torch.float32)
+
+
 def micro_batch_loss(ddp_policy, batch: list[Sample], args) -> tuple:
     """(sum_j w_j sum_t (loss_jt + kl_coef KL_jt), how many tokens are clipped, sum of KL_jt)."""
     device = ddp_policy.device
@@ -174,7 +187,7 @@ def update(ddp_policy, optimizer, samples: list[Sample], args) -> dict:
     return {"updates": 1, "loss": loss, "clip_fraction": share, "kl": kl, "grad_norm": norm.item()}
 
 
-def train_step(policy, ddp_policy, reference, optimizer, *, problems, samples, args) -> dict:
+def train_step(policy, ddp_policy, reference, optimizer, *, problems, samples, stop, args) -> dict:
     """The M-step: log-probs of the step's samples, then updates; returns metrics for the log."""
     updates = split_updates(problems, samples, args)
     trained = sum(updates, [])
@@ -184,11 +197,41 @@ def train_step(policy, ddp_policy, reference, optimizer, *, problems, samples, a
     if reference is not None:
         fill_logprobs(reference, trained, args.tokens_per_micro_batch, into="ref_logprobs")
     sums = Counter()  # a name that is missing counts 0
-    for part in updates:
+    for i, part in enumerate(updates):
+        if i > 0 and stop.on_any_rank():
+            break  # the others are left out
         sums.update(update(ddp_policy, optimizer, part, args))
     for name in ("loss", "clip_fraction", "kl", "grad_norm"):
         sums[name] = sums[name] / sums["updates"] if sums["updates"] else None
     return dict(sums) | sampler_gap(trained)
+
+
+def watch(state: run.RunState, metrics: dict) -> None:
+    """Notice a run that has diverged; RunError after ten updates in a row that were not finite."""
+    state.not_finite = 0 if metrics.get("updates") else state.not_finite
+    state.not_finite += metrics.get("updates_not_finite", 0)
+    if state.not_finite >= 10:
+        raise RunError("ten updates in a row were not finite: the run has diverged; --resume it "
+                       "from its last checkpoint with a lower --lr")
+    if metrics.get("accept_rate"):
+        state.last_solved = state.step
+    if state.last_solved and state.step == state.last_solved + 10:
+        run.print0("warning: no sample of the last ten steps was right; if the run has diverged, "
+                   f"go on from a checkpoint before step {state.last_solved}, with a lower --lr")
+
+
+def set_up(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
+    """What a rank loads by itself: model, tokenizer, problems, those to evaluate, reference."""
+    if args.data in BENCHMARKS:
+        raise InputError(f"--data {args.data}: is there to evaluate; name a hub data set to train")
+    model, tokenizer = load_model(args, device, checkpoint)
+    problems = load_prompts(args.data, args.split, tokenizer, args)
+    eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args)
+    if not args.updates_per_step <= args.prompts_per_step <= len(problems):
+        raise InputError("--prompts-per-step must lie between --updates-per-step and the number "
+                         f"of problems, {len(problems)}")
+    reference = Policy(load_model(args, device)[0], args.temperature) if args.kl_coef > 0 else None
+    return model, tokenizer, problems, eval_problems, reference
 
 
 def train(args: argparse.Namespace) -> None:
@@ -197,40 +240,47 @@ def train(args: argparse.Namespace) -> None:
     check_budget(args, args.objective)
     out = Path(args.out or f"runs/{args.objective}-{args.allocator}-{args.seed}")
     lock = run.claim_folder(out, "args.json", args.resume)
-    checkpoint, state = run.newest_checkpoint(out) if args.resume else (None, run.RunState())
-    model, tokenizer = load_model(args, device, checkpoint)
-    if args.data in BENCHMARKS:
-        raise InputError(f"--data {args.data}: is there to evaluate; name a hub data set to train")
-    problems = load_prompts(args.data, args.split, tokenizer, args)
-    eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args)
-    if not args.updates_per_step <= args.prompts_per_step <= len(problems):
-        raise InputError("--prompts-per-step must lie between --updates-per-step and the number "
-                         f"of problems, {len(problems)}")
+    checkpoint, state = newest_checkpoint(out) if args.resume else (None, run.RunState())
+    if state.step >= args.steps:
+        run.print0(f"{out}: is at step {state.step} of --steps {args.steps}; nothing is left to do")
+        return
+    model, tokenizer, problems, eval_problems, reference = run.on_every_rank(
+        set_up, args, device, checkpoint)
+    compare_problems(state, {args.data: problems, args.eval_data: eval_problems})
     policy = Policy(model, args.temperature, args.gradient_checkpointing)
     ddp_policy = distribute(policy)
-    reference = Policy(load_model(args, device)[0], args.temperature) if args.kl_coef > 0 else None
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=args.weight_decay)
     if checkpoint:
-        run.load_optimizer(checkpoint, model, optimizer)
+        load_optimizer(checkpoint, model, optimizer)
+    save = partial(save_checkpoint, out, state, model, optimizer, tokenizer, args.keep)
     with lock, Grader() as grader:
         sampler = make_sampler(model, tokenizer, args)
         run.on_rank0(run.start_log, out, args, state.log_bytes)
         for step in tqdm(range(state.step + 1, args.steps + 1), disable=dist.get_rank() > 0):
             state.step, metrics = step, {}
             if step > 0:  # step 0 is the evaluation before training
-                with state.timer("sample"):  # the E-step
-                    batch, samples, metrics = draw_step(
-                        problems, state, policy=policy, sampler=sampler, grader=grader, args=args)
+                try:
+                    with state.timer("sample"):  # the E-step
+                        batch, samples, metrics = draw_step(
+                            problems, state, policy=policy, sampler=sampler, grader=grader,
+                            stop=stop, args=args)
+                except run.Stopped:  # nothing was trained on yet: the step is given up
+                    state.step -= 1
+                    save()
+                    break
                 with state.timer("train"):  # the M-step
-                    metrics |= train_step(policy, ddp_policy, reference, optimizer,
-                                          problems=batch, samples=samples, args=args)
+                    metrics |= train_step(
+                        policy, ddp_policy, reference, optimizer, problems=batch, samples=samples,
+                        stop=stop, args=args)
             stopping = stop.on_any_rank()
-            if step in (0, args.steps) or step % args.eval_every == 0:
+            if not stopping and (step in (0, args.steps) or step % args.eval_every == 0):
                 with state.timer("eval"):
                     metrics |= evaluate(sampler, grader, eval_problems, args)
             run.on_rank0(run.write_log, out, state, metrics)
-            if stopping or step == args.steps or (step > 0 and step % args.save_every == 0):
-                run.save_checkpoint(out, state, model, optimizer, tokenizer, args.keep)
+            run.on_every_rank(watch, state, metrics)
+            due = step == args.steps or (step > 0 and step % args.save_every == 0)
+            if (stopping or due) and state.not_finite == 0:  # a good checkpoint is not replaced
+                save()
             if stopping:
                 break
     run.print0(f"saved in {out}/checkpoints")

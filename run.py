@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -12,17 +13,17 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as state_dicts
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from data import InputError
+from data import InputError, RunError
 
 # --- flags and errors ------------------------------------------------------------------------
 def number(kind: type, low: float, high: float = math.inf):
@@ -47,33 +48,29 @@ def parse_flags(argv: list[str] | None, docstring: str, *add_flags) -> argparse.
     parser = argparse.ArgumentParser(description=docstring.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    def complain(message: str):
+    def complain(message: str):  # instead of printing the usage on every rank
+        if int(os.environ.get("RANK", 0)) > 0:
+            sys.exit(2)
         raise InputError(f"{message} (see --help)")
 
-    parser.error = complain  # argparse's own prints its usage on every rank
+    parser.error = complain
     for add in add_flags:
         add(parser)
     return parser.parse_args(argv)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Where a run is kept, and how often."""
-    add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder of the run, seen by all nodes; None: runs/OBJECTIVE-ALLOCATOR-SEED")
-    add("--resume", action="store_true",
-        help="continue from the newest checkpoint in --out, or start if there is none")
-    add("--save-every", type=positive_int, default=10, help="steps; the last is always saved")
-    add("--keep", type=positive_int, default=2, help="checkpoints kept")
-
-
 def run_script(main) -> None:
-    """Call main(); bad input becomes one line from rank 0 and exit code 2."""
+    """Call main(). Bad input ends in one line and exit code 2, a run that fails in code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
     try:
         main()
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, RunError) as error:
+        rank = os.environ.get("RANK", "0")
+        at_rank = "" if rank == "0" else f" on rank {rank}"
+        print(f"{Path(sys.argv[0]).name}: error{at_rank}: {error}", file=sys.stderr)
+        get_error_handler().record_exception(error)  # for torchrun's report
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except torch.OutOfMemoryError:
         print("out of memory: see --tokens-per-micro-batch, --vllm-memory, "
               "--gradient-checkpointing", file=sys.stderr)
@@ -85,9 +82,14 @@ def join_ranks() -> torch.device:
     """Join torchrun's process group, or be a group of one; returns this rank's device."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name, alone in [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"),
-                        ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")]:
-        os.environ.setdefault(name, alone)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+             "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    missing = alone.keys() - os.environ.keys()
+    if missing and os.environ.get("WORLD_SIZE", "1") != "1":  # it would wait for other ranks
+        raise InputError(f"WORLD_SIZE is set in the environment, but not {sorted(missing)[0]}: "
+                         "unset it, or launch with torchrun")
+    for name in missing:
+        os.environ[name] = alone[name]
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -103,10 +105,15 @@ def join_ranks() -> torch.device:
     return device
 
 
-def print0(*values) -> None:
-    """print, on rank 0 alone."""
-    if dist.get_rank() == 0:
-        print(*values, flush=True)
+def print0(text: str) -> None:
+    """Print a line, on rank 0 alone. A run goes on where nobody reads it: behind `| head -1`."""
+    if dist.get_rank() > 0:
+        return
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def gather(items: list) -> list:
@@ -116,36 +123,53 @@ def gather(items: list) -> list:
     return sum(parts, [])
 
 
-def on_rank0(function, *arguments):
-    """Call a function that writes to --out on rank 0, and return its result there.
+def on_every_rank(function, *arguments):
+    """Call a function that waits for no other rank, and return its result.
 
-    An InputError or OSError is raised on every rank, so that none waits for one that has ended.
+    If it fails on one rank all end, so that none waits for one that has ended. What several
+    ranks have to say is said by the first of them.
     """
-    result, errors = None, []
-    if dist.get_rank() == 0:
-        try:
-            result = function(*arguments)
-        except InputError as error:
-            errors.append(error)
-        except OSError as error:
-            errors.append(InputError(f"--out: {error}; choose another, or make room"))
-    for error in gather(errors):
+    result, error = None, None
+    try:
+        result = function(*arguments)
+    except (InputError, RunError) as reason:
+        error = reason
+    except OSError as reason:
+        error = InputError(f"--out: {reason}; choose another, or make room")
+    messages = gather([error and str(error)])
+    if error and str(error) not in messages[: dist.get_rank()]:
         raise error
+    if any(messages):
+        sys.exit(2)
     return result
 
 
+def on_rank0(function, *arguments):
+    """As on_every_rank, but only rank 0 calls it: what reads or writes --out."""
+    return on_every_rank(function if dist.get_rank() == 0 else lambda *_: None, *arguments)
+
+
+class Stopped(Exception):
+    """The run was asked to end: the step under way is given up."""
+
+
 class StopSignal:
-    """SIGTERM asks a run to save and end after its current step."""
+    """SIGTERM, SIGINT or SIGHUP asks a run to save and end; a second signal ends it at once."""
 
     def __init__(self):
         self.received = False
-        signal.signal(signal.SIGTERM, self)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self)
 
-    def __call__(self, *_) -> None:
+    def __call__(self, number, frame) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self.received = True
 
     def on_any_rank(self) -> bool:
-        """Whether some rank got it: all ranks must end after the same step."""
+        """Whether some rank got it: all ranks must end at the same place."""
         return any(gather([self.received]))
 
 
@@ -164,6 +188,9 @@ class RunState:
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     plan: dict | None = None  # of the E-step, where one serves several steps
+    problems: dict[str, str] = field(default_factory=dict)  # by name of the data: their digest
+    last_solved: int = 0  # the last step that had a right sample
+    not_finite: int = 0  # updates in a row, until now, whose gradient was not finite
     log_bytes: int = 0  # the length of log.jsonl
 
     @contextmanager
@@ -185,12 +212,15 @@ def claim_folder(out: Path, record: str, resume: bool):
             raise InputError(f"--out {out}: holds a run already; --resume continues it, "
                              "another --out starts afresh")
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / "lock", "a")
+        lock = open(out / "lock", "a+")
+        lock.seek(0)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"--out {out}: another process is running there; "
-                             "wait for it or choose another") from error
+            raise InputError(f"--out {out}: process {lock.read()} is running there; "
+                             "wait for it, end it, or choose another") from error
+        lock.truncate(0)
+        print(os.getpid(), end="", file=lock, flush=True)
         return lock
 
     return on_rank0(lock_folder) or nullcontext()
@@ -199,21 +229,36 @@ def claim_folder(out: Path, record: str, resume: bool):
 def append_rows(path: Path, rows: list[dict]) -> int:
     """Append JSON lines to a file; returns its length in bytes."""
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         return file.tell()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file beside its place and rename it: it is there whole, or as it was before."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(content, indent=1, allow_nan=False))
+    aside.rename(path)
+
+
+def read_json(path: Path) -> dict:
+    """What write_json wrote; InputError if something else has written over it."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: is damaged; delete it, or choose another --out") from error
 
 
 def start_log(out: Path, args: argparse.Namespace, log_bytes: int) -> None:
     """Record flags and versions in args.json; cut log.jsonl back to the checkpoint's length."""
     record, log = out / "args.json", out / "log.jsonl"
     if record.exists():
-        before = json.loads(record.read_text())["flags"] | {"resume": args.resume}
+        before = read_json(record).get("flags", {}) | {"resume": args.resume}
         changed = [name for name, value in vars(args).items() if value != before.get(name)]
         if changed:
-            print(f"warning: resumed with other values of {', '.join(changed)} than before")
+            print0(f"warning: resumed with other values of {', '.join(changed)} than before")
     packages = ("torch", "transformers", "numpy", "math-verify")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    record.write_text(json.dumps({"flags": vars(args), "versions": versions}, indent=1))
+    write_json(record, {"flags": vars(args), "versions": versions})
     with log.open("ab") as file:
         file.truncate(min(log_bytes, file.tell()))
 
@@ -225,73 +270,28 @@ def write_log(out: Path, state: RunState, metrics: dict) -> None:
     line = {"step": state.step, **metrics, **state.totals}
     line |= {f"seconds_{phase}": value for phase, value in state.seconds.items()}
     line["seconds"] = sum(state.seconds.values())
+    for name, value in line.items():
+        if value is not None and not math.isfinite(value):
+            line[name] = None  # JSON has no NaN
     state.log_bytes = append_rows(out / "log.jsonl", [line])
     shown = ("step", "samples", "accept_rate", "predicted_variance", "loss", "eval_accuracy")
     known = [name for name in (*shown, "seconds") if line.get(name) is not None]
-    tqdm.write("  ".join(f"{name} {line[name]:.4g}" for name in known))
+    print0("  ".join(f"{name} {line[name]:.4g}" for name in known))
 
 
-# Whole tensors under plain names, so that any number of ranks can load what any other has saved.
-WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
+def digest(path: Path) -> str:
+    """SHA-256 of a file, which is first brought to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(out: Path, state: RunState, model, optimizer, tokenizer, keep: int) -> None:
-    """Write OUT/checkpoints/step-N, a folder for from_pretrained; keep the newest `keep`.
-
-    It is written beside and renamed, so it is there whole or not at all. Called on all ranks.
-    """
-    weights, moments = state_dicts.get_model_state_dict(model, options=WHOLE), None
-    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    weights = {name: weights[name] for name in names & weights.keys()}  # a tied head only once
-    if optimizer.state:  # it has none before its first step, and asking would make a step
-        moments = state_dicts.get_optimizer_state_dict(model, optimizer, options=WHOLE)
-
-    def write():
-        final = out / "checkpoints" / f"step-{state.step:06d}"
-        partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        if moments is not None:
-            torch.save(moments, partial / "optimizer.pt")
-        sizes = {path.name: path.stat().st_size for path in partial.iterdir()}
-        (partial / "state.json").write_text(json.dumps({"state": asdict(state), "sizes": sizes}))
-        shutil.rmtree(final, ignore_errors=True)  # a broken one that was passed over
-        partial.rename(final)
-        saved = sorted(out.glob("checkpoints/step-??????"))
-        kept = [path for path in saved if path <= final][-keep:]  # later ones were passed over
-        for path in set(saved) - set(kept):
-            shutil.rmtree(path)
-
-    on_rank0(write)
-
-
-def newest_checkpoint(out: Path) -> tuple[Path | None, RunState]:
-    """The newest whole checkpoint and its state; (None, a new state) if there is none.
-
-    Warns of broken ones; raises InputError if all are.
-    """
-    saved = sorted(out.glob("checkpoints/step-??????"), reverse=True)
-    for path in saved:
-        try:
-            record = json.loads((path / "state.json").read_text())
-            if all((path / n).stat().st_size == size for n, size in record["sizes"].items()):
-                return path, RunState(**record["state"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # as good as a file of the wrong size
-        print0(f"warning: {path} is incomplete, trying the one before")
-    if saved:
-        raise InputError(f"--resume: no checkpoint in {out} is whole; choose another --out")
-    return None, RunState()
-
-
-def load_optimizer(checkpoint: Path, model, optimizer) -> None:
-    """Load the optimizer's state from a checkpoint, if it had one. Called on all ranks."""
-    path = checkpoint / "optimizer.pt"
-    if path.exists():
-        flags = {name: optimizer.param_groups[0][name] for name in ("lr", "weight_decay")}
-        moments = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state_dicts.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
-        optimizer.param_groups[0].update(flags)  # they win over those of the checkpoint
-        for state in optimizer.state.values():  # copies: the file may be deleted, not stay mapped
-            state.update({name: value.clone() for name, value in state.items()})
+def remove_old_checkpoints(newest: Path, state: RunState, keep: int) -> None:
+    """Keep the newest `keep`, and one from before the last step with a right sample."""
+    saved = sorted(newest.parent.glob("step-??????"))
+    older = [path for path in saved if path <= newest]  # --resume passed over the others
+    kept = older[-keep:]
+    if state.step > state.last_solved:  # the run may have diverged since
+        kept += [path for path in older if path.name < f"step-{state.last_solved:06d}"][-1:]
+    for path in set(saved) - set(kept):
+        shutil.rmtree(path)

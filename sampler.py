@@ -1,24 +1,25 @@
-"""Who draws: transformers or vLLM, and `draw`, which deals requests over the ranks and grades.
+"""Who draws: transformers or vLLM. `draw` and `fill_logprobs` deal their work over the ranks.
 
 A sample is a function of (seed, purpose, step, problem, index) alone, not of the rank that draws
-it nor of the samples that share its batch. So one rank or eight, a resumed run or a fresh one,
-draw the same text: on CPUs, where rounding hardly ever changes a token. On CUDA, bf16 products
-depend on the batch, and vLLM draws by rank.
+it nor of the samples that share its batch: one rank or eight, a resumed run or a fresh one, draw
+the same text. That holds on CPUs. On CUDA, bf16 depends on the batch, and vLLM draws by rank.
 """
 
 import argparse
 import atexit
 import importlib.util
 import os
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 
-from data import InputError, Problem, Sample, encode_prompt, extract_boxed, load_problems
-from run import gather, number, positive_int, print0
+from data import InputError, Problem, Sample, digest_problems, encode_prompt, extract_boxed
+from data import load_problems
+from model import Policy, micro_batches
+from run import RunState, gather, number, on_every_rank, positive_int, print0
 
 TRAINING, EVALUATION, ORDER = 0, 1, 2  # what random numbers are for: a part of their seed
 
@@ -27,8 +28,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     """Who samples, and how much at once."""
     add = parser.add_argument_group("sampling").add_argument
     add("--sampler", choices=["auto", *SAMPLERS], default="auto",
-        help="who generates; auto: vllm if it is installed and CUDA is there, otherwise hf, "
-        "which is transformers")
+        help="who generates; hf: transformers; auto: vllm if it is installed and CUDA is there")
     add("--vllm-memory", type=number(float, low=0.01, high=1), default=0.4,
         help="share of each GPU's memory that vllm takes while it samples; no effect on a CPU")
     add("--sampler-batch-size", type=positive_int, default=256,
@@ -44,21 +44,29 @@ def load_prompts(spec: str, split: str, tokenizer, args, limit=None) -> list[Pro
     fitting = [problem for problem in problems if len(problem.prompt_ids) <= most]
     if not fitting:
         raise InputError(f"{spec}: every prompt is longer than --max-prompt-tokens {most}")
-    dropped = len(problems) - len(fitting)
-    if dropped:
-        print0(f"{spec}: dropped {dropped} of {len(problems)} prompts, over --max-prompt-tokens")
+    if len(fitting) < len(problems):
+        print0(f"{spec}: dropped {len(problems) - len(fitting)} of {len(problems)} prompts, "
+               "over --max-prompt-tokens")
     return fitting
 
 
-def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
-    """The problems of step 1, 2, ...: a function of --seed and the step alone.
+def compare_problems(state: RunState, data: dict[str, list[Problem]]) -> None:
+    """Note digests of the problems. InputError unless they are those of all ranks and of before."""
+    digests = {name: digest_problems(problems) for name, problems in data.items()}
+    on_rank_0 = gather([digests])[0]
 
-    Each epoch goes once through a new order of all problems; those too few for a step are left.
-    """
-    m = args.prompts_per_step
-    epoch, position = divmod(step - 1, len(problems) // m)
-    order = np.random.default_rng((args.seed, ORDER, epoch)).permutation(len(problems))
-    return [problems[i] for i in order[position * m : (position + 1) * m]]
+    def compare():
+        for name, digest in digests.items():
+            if digest != on_rank_0[name]:
+                raise InputError(f"{name}: holds other problems than on rank 0; copy it there")
+            if digest != state.problems.get(name, digest):
+                raise InputError(f"--resume: {name} held other problems at the checkpoint (or was "
+                                 "used with another --split, --max-prompt-tokens); restore it")
+
+    on_every_rank(compare)
+    if not digests.keys() <= state.problems.keys():
+        state.plan = None  # it was made for other data
+    state.problems = digests
 
 
 def gumbel_max(logits: torch.Tensor, generators: list[torch.Generator], temperature: float):
@@ -227,9 +235,8 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
     texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, _, _ in responses]
     grades = grader(texts, [problem.answer for problem, _ in mine])
     samples = []
-    for (problem, index), response, text, grade in zip(mine, responses, texts, grades):
+    for (problem, index), response, text, (reward, failed) in zip(mine, responses, texts, grades):
         response_ids, logprobs, finished = response
-        reward, failed = grade
         samples.append(Sample(
             problem=problem.id, index=index, prompt_ids=problem.prompt_ids,
             response_ids=response_ids, finished=finished, text=text, reward=reward,
@@ -258,36 +265,35 @@ def as_rows(samples: list[Sample], problems: list[Problem]) -> list[dict]:
     ]
 
 
-def describe(problems: list[Problem], samples: list[Sample], pilot: list[Sample]) -> dict:
-    """Metrics of a step: how many samples were drawn, how many right, and where they went.
+def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
+    """Policy's inputs: input_ids, attention_mask, response_mask, (batch, time) each."""
+    rows = {"input_ids": [], "attention_mask": [], "response_mask": []}
+    for sample in samples:
+        ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids])).long()
+        rows["input_ids"].append(ids)
+        rows["attention_mask"].append(torch.ones_like(ids))
+        rows["response_mask"].append(torch.arange(len(ids)) >= len(sample.prompt_ids))
+    return {name: pad_sequence(row, batch_first=True).to(device) for name, row in rows.items()}
 
-    samples: to train on; pilot: others, which are counted alike. There may be none in a step.
+
+@torch.no_grad()
+def fill_logprobs(
+    policy: Policy, samples: list[Sample], max_tokens: int, with_norms=False, into="old_logprobs"
+) -> None:
+    """Fill in an attribute of each sample with its log-probs; with_norms: head_grad_norm as well.
+
+    The work is shared out over the ranks, at most `max_tokens` padded tokens at a time.
     """
-    drawn = samples + pilot
-    metrics = {
-        "samples": len(drawn),
-        "tokens": sum(len(sample.response_ids) for sample in drawn),
-        "grader_failures": sum(sample.grader_failed for sample in drawn),
-        "accept_rate": np.mean([sample.reward for sample in samples]) if samples else None,
-        "truncated": np.mean([not sample.finished for sample in drawn]) if drawn else None,
-    }
-    counts = Counter(sample.problem for sample in samples)
-    num_right = Counter(sample.problem for sample in samples if sample.reward > 0)
-    solved = {problem.id: num_right[problem.id] for problem in problems}
-    groups = {
-        "never": [i for i, right in solved.items() if right == 0],
-        "sometimes": [i for i, right in solved.items() if 0 < right < counts[i]],
-        "always": [i for i, right in solved.items() if 0 < right == counts[i]],
-    }
-    for name, ids in groups.items():
-        metrics[f"prompts_{name}"] = len(ids) / len(problems)
-        metrics[f"budget_{name}"] = sum(counts[i] for i in ids) / max(len(samples), 1)
-    return metrics
-
-
-def sampler_gap(samples: list[Sample]) -> dict:
-    """How far the sampler's log-probs are from the trainer's, over all tokens: mean and largest."""
-    if not samples:
-        return {}
-    gaps = np.concatenate([np.abs(s.old_logprobs - s.sampler_logprobs) for s in samples])
-    return {"sampler_gap": gaps.mean().item(), "sampler_gap_max": gaps.max().item()}
+    lengths = [sample.total_tokens for sample in samples]
+    mine = micro_batches(lengths, dist.get_world_size(), max_tokens)[dist.get_rank()]
+    scored = []
+    for rows in filter(None, mine):
+        batch = [samples[i] for i in rows]
+        logprobs, norms = policy(**collate(batch, policy.model.device), with_norms=with_norms)
+        rows_of_logprobs = logprobs.cpu().split([len(sample.response_ids) for sample in batch])
+        copies = [row.numpy().copy() for row in rows_of_logprobs]  # not views of the whole batch
+        scored += zip(rows, copies, norms.tolist() if with_norms else [0.0] * len(batch))
+    for i, logprobs, norm in gather(scored):
+        setattr(samples[i], into, logprobs)
+        if with_norms:
+            samples[i].head_grad_norm = norm

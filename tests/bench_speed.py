@@ -23,10 +23,10 @@ from conftest import flags  # noqa: E402
 
 from allocator import allocate, gvm_weights, posterior_weights  # noqa: E402
 from data import Sample, encode_prompt, load_problems  # noqa: E402
-from model import Policy, collate, distribute, load_model, micro_batches  # noqa: E402
+from model import Policy, distribute, load_model, micro_batches  # noqa: E402
 from raft import update  # noqa: E402
 from run import join_ranks  # noqa: E402
-from sampler import HfSampler  # noqa: E402
+from sampler import HfSampler, collate  # noqa: E402
 
 
 def seconds(function, repeats: int) -> float:

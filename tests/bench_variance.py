@@ -31,11 +31,11 @@ from tqdm import tqdm  # noqa: E402
 import grpo  # noqa: E402, F401 (adds its objective)
 from allocator import allocate  # noqa: E402
 from data import Grader, Sample  # noqa: E402
-from gvm import allocation_weights, e_step, estimate  # noqa: E402
-from model import Policy, collate, fill_logprobs, load_model  # noqa: E402
+from gvm import allocation_weights, e_step, estimate, problems_of_step  # noqa: E402
+from model import Policy, load_model  # noqa: E402
 from raft import OBJECTIVES, loss_weights  # noqa: E402
 from run import join_ranks  # noqa: E402
-from sampler import HfSampler, draw, load_prompts, problems_of_step  # noqa: E402
+from sampler import HfSampler, collate, draw, fill_logprobs, load_prompts  # noqa: E402
 
 PROBLEMS, POPULATION, SKETCH, ESTIMATES = 64, 1024, 1024, 600
 

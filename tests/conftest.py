@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is an error at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare to the last bit is equal on CPUs
@@ -26,6 +27,7 @@ from model import load_model
 from sampler import load_prompts
 
 ROOT = Path(__file__).parents[1]
+STOP = SimpleNamespace(on_any_rank=lambda: False)  # no signal has come
 SHARED = ROOT.parent / "shared" / "data"  # published files, where they are at hand
 
 

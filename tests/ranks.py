@@ -9,10 +9,10 @@ from conftest import flags, make_sample
 
 import grpo  # noqa: F401 (adds its objective)
 from data import Grader, Problem
-from model import Policy, distribute, fill_logprobs, load_model
+from model import Policy, distribute, load_model
 from raft import train_step
-from run import join_ranks
-from sampler import HfSampler, draw, load_prompts
+from run import StopSignal, join_ranks
+from sampler import HfSampler, draw, fill_logprobs, load_prompts
 
 
 def toy_samples(tokenizer) -> list:
@@ -37,7 +37,8 @@ def one_update(samples: list, args) -> dict:
     with torch.no_grad():  # and away from the reference
         reference.model.get_output_embeddings().weight.mul_(0.9)
     problems = [Problem(i, "", "") for i in range(7)]
-    metrics = train_step(policy, ddp_policy, reference, optimizer, problems=problems, samples=samples, args=args)
+    metrics = train_step(policy, ddp_policy, reference, optimizer, problems=problems, samples=samples,
+                         stop=StopSignal(), args=args)
     tensors = {f"gradient {name}": p.grad.clone() for name, p in policy.named_parameters()}
     return tensors | {name: p.detach().clone() for name, p in policy.named_parameters()} | metrics
 

@@ -12,7 +12,7 @@ from conftest import ROOT, TOY, Started, flags, run_script, wait_for
 
 import eval as command
 from data import InputError, read_rows
-from eval import evaluate, pass_at_k, summarise
+from eval import evaluate, pass_at_k, sampling_error, summarise
 from sampler import HfSampler
 
 PROTOCOL = ("--limit", 40, "--samples", 4, "--max-prompt-tokens", 64, "--max-response-tokens", 64,
@@ -41,16 +41,26 @@ def make_rows(answers: str, references: str = "5") -> list[dict]:
 
 def test_summary_by_hand(grader):
     figures = summarise(make_rows("5 6 5 5; 3 2 4 -; 1 1 1 1", "5; 2; 1"), grader)
-    means = {name: mean for name, (mean, _) in figures.items()}
+    means = {name: metric["mean"] for name, metric in figures.items()}
     assert means == pytest.approx({
         "avg@4": (3 / 4 + 1 / 4 + 1) / 3, "pass@2": (1 + 1 / 2 + 1) / 3, "pass@4": 1.0, "maj@4": 2 / 3,
         "response_tokens": 7.0, "truncated": 1 / 12, "no_answer": 1 / 12, "grader_failures": 0.0})
-    assert figures["avg@4"][1] == pytest.approx(np.std([3 / 4, 1 / 4, 1], ddof=1) / 3**0.5)
-    assert figures["maj@4"][1] == pytest.approx(1 / 3)
+    assert figures["avg@4"]["standard_error"] == pytest.approx(np.std([3 / 4, 1 / 4, 1], ddof=1) / 3**0.5)
+    assert figures["avg@4"]["sampling_error"] == pytest.approx((2 * 3 / 16 / 3) ** 0.5 / 3)  # p (1 - p) of 3/4 and 1/4
+    assert figures["maj@4"]["standard_error"] == pytest.approx(1 / 3)
     three = summarise(make_rows("5 5 6; 1 2 2", "5; 2"), grader)
-    assert three["maj@3"][0] == 1.0  # each problem has its own votes
-    assert three["pass@2"][0] == three["pass@3"][0] == 1.0
-    assert summarise(make_rows("5 6"), grader)["avg@2"] == (0.5, 0.0)  # one problem has no standard error
+    assert three["maj@3"]["mean"] == 1.0  # each problem has its own votes
+    assert three["pass@2"]["mean"] == three["pass@3"]["mean"] == 1.0
+    alone = summarise(make_rows("5 6"), grader)["avg@2"]  # one problem has no standard error
+    assert alone == {"mean": 0.5, "standard_error": 0.0, "sampling_error": 0.5}
+    assert summarise(make_rows("5; 6", "5; 5"), grader)["avg@1"]["sampling_error"] is None
+
+
+def test_the_sampling_error_is_that_of_repeated_evaluations_of_the_same_problems():
+    p, random = np.array([0.0, 0.1, 0.5, 0.9, 1.0]), np.random.default_rng(0)
+    runs = [(random.random((5, 8)) < p[:, None]).astype(float) for _ in range(4000)]
+    spread = np.std([run.mean() for run in runs])
+    assert np.sqrt(np.mean([sampling_error(run) ** 2 for run in runs])) == pytest.approx(spread, rel=0.05)
 
 
 @pytest.mark.parametrize(("answers", "score"), [
@@ -61,7 +71,7 @@ def test_summary_by_hand(grader):
 ])
 def test_the_majority_is_found_by_equivalence_and_ties_go_to_the_first(grader, answers, score):
     rows = make_rows(answers)
-    assert summarise(rows, grader)[f"maj@{len(rows)}"][0] == score
+    assert summarise(rows, grader)[f"maj@{len(rows)}"]["mean"] == score
 
 
 def test_evaluate_repeats_itself(device, model_and_tokenizer, grader, problems):
@@ -99,8 +109,9 @@ def test_what_is_saved_and_shown(straight):
     assert (protocol["model"], protocol["revision"], protocol["sampler"]) == (str(TOY), None, "HfSampler")
     assert (protocol["temperature"], protocol["samples"], protocol["seed"]) == (1.0, 4, 0)
     assert protocol["grader"].startswith("math-verify ") and len(protocol["template"]) == len(protocol["weights"]) == 12
-    mean, error = figures["avg@4"].values()
-    assert f"| eval | 40 | {mean:.4g} ± {error:.2g} |" in shown and "seed: 0" in shown
+    mean, error, sampling = figures["avg@4"].values()
+    assert f"| eval | 40 | {mean:.4g} ± {error:.2g} ({sampling:.2g}) |" in shown and "seed: 0" in shown
+    assert sampling < error
 
 
 def test_two_ranks_give_the_same_figures(straight, tmp_path):
@@ -148,20 +159,48 @@ def test_rescore_grades_anew_and_needs_no_model(straight, tmp_path):
     (["--data", "math500", "--rescore", "x.jsonl"], "give either --data"),
     (["--resume", "--rescore", "x.jsonl"], "give either --data"),
     (["--rescore", "missing.jsonl"], "missing.jsonl: no such file"),
-    (["--rescore", "other.jsonl"], "--rescore other.jsonl: holds no samples"),
-    (["--rescore", "part.jsonl"], "--rescore part.jsonl: problems differ"),
+    (["--rescore", "other.jsonl"], "other.jsonl: line 1 is no sample"),
+    (["--rescore", "part.jsonl", "--out", "."], "part.jsonl: is not of these problems"),
+    (["--rescore", "twice.jsonl"], "twice.jsonl: holds a sample twice"),
+    (["--rescore", "typed.jsonl"], "typed.jsonl: line 1 is no sample"),
+    (["--rescore", "empty.jsonl"], "empty.jsonl: problems differ"),
+    (["--rescore", "uneven.jsonl"], "--rescore uneven.jsonl: problems differ"),
     (["--data", "a/x.jsonl,b/x.jsonl"], "end alike"),
     (["--data", "nobody/nothing"], "nor one of math500"),
     (["--data", "eval.jsonl", "--samples", "0"], "--samples"),
 ])
 def test_bad_input_is_named(device, tmp_path, monkeypatch, words, complaint):
     (tmp_path / "other.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n')
-    row = dict.fromkeys(command.NEEDED, 0)
-    rows = [row, row, row | {"problem": 1}]
-    (tmp_path / "part.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = {name: kind() for name, kind in command.COLUMNS.items()}
+    files = {"uneven": [row, row | {"index": 1}, row | {"problem": 1}], "twice": [row, row], "part": [row],
+             "typed": [row | {"score": "1"}], "empty": []}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=complaint):
         command.main([*words, "--max-prompt-tokens", "64", "--max-response-tokens", "64"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in before} == before
+
+
+def test_files_of_others_are_not_touched(straight, tmp_path):
+    """The data lies in --out; a folder has files of that name and no protocol; a foreign file has one long line."""
+    data = tmp_path / "eval.jsonl"
+    data.write_text("\n".join((TOY / "eval.jsonl").read_text().splitlines()[:3]))  # no newline at the end
+    (tmp_path / "foreign.jsonl").write_text('{"one": "line"}')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = run_script("eval.py", "--data", data, *PROTOCOL, "--out", tmp_path, check=False)
+    assert done.returncode == 2 and "eval.jsonl: is not of these problems" in done.stderr
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    shutil.copytree(straight[0], tmp_path / "held")
+    (tmp_path / "held" / "foreign.jsonl").write_text('{"one": "line"}')
+    run_command(tmp_path / "held", "--resume")
+    assert (tmp_path / "held" / "foreign.jsonl").read_text() == '{"one": "line"}'
+    done = run_script("eval.py", "--rescore", tmp_path / "held" / "eval.jsonl", "--out", tmp_path / "held", check=False)
+    assert done.returncode == 2 and "holds a run already" in done.stderr
+    (tmp_path / "held" / "protocol.json").write_text("")
+    done = run_command(tmp_path / "held", "--resume", check=False)
+    assert done.returncode == 2 and "protocol.json: is damaged" in done.stderr and done.stderr.count("\n") <= 2
 
 
 @pytest.mark.parametrize(("words", "complaint"), [
@@ -173,13 +212,13 @@ def test_bad_input_is_one_line(tmp_path, words, complaint):
 
 
 def test_another_protocol_is_not_mixed_in(straight, tmp_path):
-    before = {path.name: path.read_bytes() for path in straight[0].iterdir()}
+    before = {path.name: path.read_bytes() for path in straight[0].iterdir() if path.name != "lock"}
     for words, complaint in [([], "--resume continues it"), (["--resume", "--seed", 1], "another seed"),
-                             (["--resume", "--data", straight[0].parent / "eval.jsonl"], "answers to other problems")]:
+                             (["--resume", "--data", straight[0].parent / "eval.jsonl"], "is not of these problems")]:
         (straight[0].parent / "eval.jsonl").write_text('{"problem": "1+1", "answer": "3"}\n')
         done = run_command(straight[0], *words, check=False)
         assert done.returncode == 2 and complaint in done.stderr
-    assert {path.name: path.read_bytes() for path in straight[0].iterdir()} == before
+    assert {name: (straight[0] / name).read_bytes() for name in before} == before
 
 
 def test_a_model_of_the_hub_is_named_by_its_commit(tmp_path, monkeypatch):

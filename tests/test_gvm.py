@@ -8,10 +8,10 @@ from conftest import flags, make_sample, run_script
 
 from allocator import allocate, gvm_weights, posterior_weights, reward_weights
 from data import InputError, Problem
-from gvm import bind_draw_and_fill, check_budget, describe_table, draw_step, e_step, estimate
+from gvm import bind_draw_and_fill, check_budget, describe_table, draw_step, e_step, estimate, problems_of_step
 from model import Policy
 from run import RunState
-from sampler import HfSampler, problems_of_step
+from sampler import HfSampler
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def run_steps(tools, problems, words, steps):
     args, state, results = flags("--prompts-per-step", 8, *words), RunState(), []
     for state.step in range(1, steps + 1):
         batch, samples, metrics = draw_step(
-            problems, state, policy=policy, sampler=sampler, grader=grader, args=args)
+            problems, state, policy=policy, sampler=sampler, grader=grader, stop=None, args=args)
         assert batch == problems_of_step(problems, state.step, args)
         state.plan = json.loads(json.dumps(state.plan))  # as through a checkpoint
         assert len({(s.problem, s.index) for s in samples}) == len(samples)
@@ -159,7 +159,7 @@ def test_a_plan_of_other_problems_is_made_anew(tools, problems):
     policy, sampler, grader = tools
     for changed, others in (([], problems[::-1]), (["--seed", 1], problems), (["--prompts-per-step", 16], problems)):
         args, state = flags(*words, *changed), RunState(step=2, plan=plan)
-        batch, samples, _ = draw_step(others, state, policy=policy, sampler=sampler, grader=grader, args=args)
+        batch, samples, _ = draw_step(others, state, policy=policy, sampler=sampler, grader=grader, stop=None, args=args)
         other = state.plan
         assert other["last_step"] == 4 and {p.id for p in batch} <= set(other["table"]["id"]) and samples
 

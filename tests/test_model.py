@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 import model as model_module
 from data import InputError
-from model import Policy, collate, fill_logprobs, load_model, micro_batches
-from sampler import HfSampler, draw
+from model import Policy, load_model, micro_batches
+from sampler import HfSampler, collate, draw, fill_logprobs
 
 TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    SMALL, check_killed_and_resumed, check_sigterm_saves_the_step_and_exits, flags, make_sample, parameters, read_log,
+    SMALL, STOP, check_killed_and_resumed, check_sigterm_saves_the_step_and_exits, flags, make_sample, parameters, read_log,
     run_script,
 )
 from transformers import AutoTokenizer
 
 from data import InputError, Problem
-from model import Policy, collate, distribute
+from model import Policy, distribute
 from raft import LOSSES, kl_k3, loss_weights, micro_batch_loss, raft_objective, train, train_step, update
+from sampler import collate
 
 # Three prompts: two right and one wrong sample, one right, one wrong. Their mean length is (1 + 3 + 2 + 4 + 5) / 5 = 3.
 GROUPS = [make_sample(0, 1.0, [1]), make_sample(0, 1.0, [1] * 3), make_sample(0, 0.0, [1] * 2),
@@ -130,7 +131,7 @@ def unchanged(policy, before) -> bool:
 def test_a_step_without_right_samples_changes_nothing(small):
     policy, ddp_policy, optimizer, before = small
     wrong, problems = [make_sample(i, 0.0, [9, 9]) for i in range(2)], [Problem(i, "", "") for i in range(2)]
-    metrics = train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=wrong, args=flags())
+    metrics = train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=wrong, stop=STOP, args=flags())
     assert (metrics.get("updates", 0), metrics["updates_empty"], metrics["loss"]) == (0, 2, None)
     assert unchanged(policy, before)
 
@@ -154,7 +155,7 @@ def test_truncated_importance_weights_by_hand(small, loss, cap):
                for i, (ratio, o) in enumerate(zip(ratios, old))]
     args = flags("--updates-per-step", 1, "--loss", loss, *(["--truncated-is", cap] if cap else []))
     problems = [Problem(i, "", "") for i in range(2)]
-    metrics = train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=samples, args=args)
+    metrics = train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=samples, stop=STOP, args=args)
     gaps = np.abs(np.log(np.concatenate(ratios)))
     assert metrics["sampler_gap"] == pytest.approx(gaps.mean())
     assert metrics["sampler_gap_max"] == pytest.approx(gaps.max())

@@ -1,6 +1,7 @@
 """run.py: flags and errors in one line, folders that belong to one run, checkpoints that are whole or passed over."""
 
-import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from conftest import flags
 from safetensors import safe_open
 
 from data import InputError
-from run import RunState, claim_folder, load_optimizer, newest_checkpoint, run_script as run_main, save_checkpoint
-from run import start_log
+from model import load_optimizer, newest_checkpoint, save_checkpoint
+from run import RunState, claim_folder, digest, start_log, write_json
+from run import run_script as run_main
 
 
 @pytest.mark.parametrize(("words", "named"), [
@@ -31,31 +33,54 @@ def test_out_of_memory_names_the_flags_that_help(capsys):
     assert all(flag in said for flag in ("--tokens-per-micro-batch", "--vllm-memory", "--gradient-checkpointing"))
 
 
-def make_checkpoint(out, step: int, **sizes) -> None:
+def make_checkpoint(out, step: int) -> Path:
+    """A checkpoint of a model of five bytes."""
     folder = out / "checkpoints" / f"step-{step:06d}"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"12345")
-    (folder / "state.json").write_text(json.dumps({"state": {"step": step}, "sizes": {"model.safetensors": 5, **sizes}}))
+    write_json(folder / "state.json", {"step": step})
+    write_json(folder / "digests.json", {path.name: digest(path) for path in folder.iterdir()})
+    return folder
 
 
-def test_broken_checkpoints_are_passed_over_with_a_warning(device, tmp_path, capsys):
-    assert newest_checkpoint(tmp_path) == (None, RunState())
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "short": lambda folder: (folder / "model.safetensors").write_bytes(b"123"),
+    "zeros of the right length": lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 5),
+    "a flipped bit": lambda folder: flip_a_bit(folder / "model.safetensors"),
+    "a flipped bit in the state": lambda folder: flip_a_bit(folder / "state.json"),
+    "a list for a state": lambda folder: (folder / "state.json").write_text("[]"),
+    "no digests": lambda folder: (folder / "digests.json").unlink(),
+    "empty digests": lambda folder: (folder / "digests.json").write_text(""),
+    "a list of digests": lambda folder: (folder / "digests.json").write_text('["model.safetensors"]'),
+    "no digest of the state": lambda folder: (folder / "digests.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_checkpoints_are_passed_over_with_a_warning(device, tmp_path, capsys, damage):
     make_checkpoint(tmp_path, 2)
-    make_checkpoint(tmp_path, 4, **{"optimizer.pt": 3})  # a file is missing
-    make_checkpoint(tmp_path, 6)
-    (tmp_path / "checkpoints" / "step-000006" / "model.safetensors").write_bytes(b"123")  # cut short
-    make_checkpoint(tmp_path, 8)
-    (tmp_path / "checkpoints" / "step-000008" / "state.json").write_text('{"step": 8')
+    damage(make_checkpoint(tmp_path, 4))
     (tmp_path / "checkpoints" / "step-000010.partial").mkdir()  # killed while writing
     path, state = newest_checkpoint(tmp_path)
     assert path.name == "step-000002" and state == RunState(step=2)
-    assert capsys.readouterr().out.count("is incomplete") == 3
+    assert capsys.readouterr().out.count("step-000004 is damaged") == 1
+
+
+def test_a_new_folder_has_no_checkpoint(device, tmp_path):
+    assert newest_checkpoint(tmp_path) == (None, RunState())
 
 
 def test_a_folder_belongs_to_one_run(device, tmp_path):
     args, out = flags(), tmp_path / "run"
     with claim_folder(out, "args.json", resume=False):
-        with pytest.raises(InputError, match="another process is running there"):
+        with pytest.raises(InputError, match=f"process {os.getpid()} is running there"):
             claim_folder(out, "args.json", resume=False)
         start_log(out, args, 0)
     with pytest.raises(InputError, match="--resume continues it"):
@@ -65,7 +90,7 @@ def test_a_folder_belongs_to_one_run(device, tmp_path):
 
 
 def test_where_all_checkpoints_are_broken_nothing_is_started_anew(device, tmp_path):
-    make_checkpoint(tmp_path, 2, **{"optimizer.pt": 3})
+    DAMAGE["short"](make_checkpoint(tmp_path, 2))
     with pytest.raises(InputError, match="no checkpoint in .* is whole"):
         newest_checkpoint(tmp_path)
 
@@ -75,7 +100,7 @@ def test_the_checkpoint_just_written_is_kept_and_later_broken_ones_go(device, mo
     optimizer = torch.optim.AdamW(model.parameters())
     for step in (2, 4):
         make_checkpoint(tmp_path, step)
-    make_checkpoint(tmp_path, 9, **{"optimizer.pt": 3})
+    DAMAGE["short"](make_checkpoint(tmp_path, 9))
     for step, keep, expected in ((5, 2, ["step-000004", "step-000005"]), (6, 1, ["step-000006"])):
         save_checkpoint(tmp_path, RunState(step=step), model, optimizer, tokenizer, keep)
         assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == expected

@@ -9,9 +9,9 @@ import torch
 from conftest import flags, make_sample, run_script
 
 from data import InputError, Problem, encode_prompt
+from gvm import describe, problems_of_step
 from model import load_model
-from sampler import SAMPLERS, HfSampler, describe, draw, gumbel_max, load_prompts, make_sampler
-from sampler import problems_of_step
+from sampler import SAMPLERS, HfSampler, draw, gumbel_max, load_prompts, make_sampler
 
 
 def generators(number: int) -> list[torch.Generator]:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from conftest import flags
 
 from data import Grader, Problem, encode_prompt
-from model import Policy, distribute, fill_logprobs, load_model
+from model import Policy, distribute, load_model
 from raft import train_step
-from run import join_ranks, run_script
-from sampler import HfSampler, draw, load_prompts, make_sampler
+from run import StopSignal, join_ranks, run_script
+from sampler import HfSampler, draw, fill_logprobs, load_prompts, make_sampler
 
 LONG = "1+" * 135  # with these, prompts share more than 256 tokens: two blocks of vLLM's cache
 
@@ -46,7 +46,8 @@ def main() -> None:
             return [s.response_ids.tolist() for s in drawn]
 
         def train(samples: list) -> None:
-            train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=samples, args=args)
+            train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=samples,
+                       stop=StopSignal(), args=args)
 
         first = sample(problems, [4, 0, 1, 5, 2, 1, 2, 5, 2], 1)  # two ranks cut them in the middle of a problem
         if part == "fail" and dist.get_rank() == 1:
