@@ -69,7 +69,8 @@ def run_script(main) -> None:
         rank = os.environ.get("RANK", "0")
         at_rank = "" if rank == "0" else f" on rank {rank}"
         print(f"{Path(sys.argv[0]).name}: error{at_rank}: {error}", file=sys.stderr)
-        get_error_handler().record_exception(error)  # for torchrun's report
+        error.__traceback__ = error.__cause__ = None  # the line is enough for torchrun's report
+        get_error_handler().record_exception(error)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except torch.OutOfMemoryError:
         print("out of memory: see --tokens-per-micro-batch, --vllm-memory, "

@@ -1,4 +1,4 @@
-"""What tests run under torchrun: `ranks.py draw OUT` and `ranks.py update OUT BUDGET`; rank 0 writes OUT."""
+"""What tests run under torchrun: `ranks.py draw OUT`, `update OUT BUDGET`, `fail OUT`, `differ OUT`; rank 0 writes."""
 
 import json
 import sys
@@ -8,11 +8,11 @@ import torch.distributed as dist
 from conftest import flags, make_sample
 
 import grpo  # noqa: F401 (adds its objective)
-from data import Grader, Problem
+from data import Grader, InputError, Problem
 from model import Policy, distribute, load_model
 from raft import train_step
-from run import StopSignal, join_ranks
-from sampler import HfSampler, draw, fill_logprobs, load_prompts
+from run import RunState, StopSignal, join_ranks, on_every_rank, run_script
+from sampler import HfSampler, compare_problems, draw, fill_logprobs, load_prompts
 
 
 def toy_samples(tokenizer) -> list:
@@ -43,10 +43,20 @@ def one_update(samples: list, args) -> dict:
     return tensors | {name: p.detach().clone() for name, p in policy.named_parameters()} | metrics
 
 
+def lack_the_model() -> None:
+    """As if --model were missing on rank 1."""
+    if dist.get_rank() == 1:
+        raise InputError("--model here: is missing")
+
+
 def main() -> None:
     """Run the named part on this rank."""
     part, out, *rest = sys.argv[1:]
     device = join_ranks()
+    if part == "fail":
+        on_every_rank(lack_the_model)
+    if part == "differ":
+        compare_problems(RunState(), {"data": [Problem(0, "1+1", str(2 + dist.get_rank()))]})
     words = ["--kl-coef", 0.1, "--grad-clip", 1e9, "--updates-per-step", 1, *rest]
     args = flags(*words)
     model, tokenizer = load_model(args, device)
@@ -70,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
