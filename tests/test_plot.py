@@ -96,4 +96,4 @@ def test_the_readme_s_differences_at_equal_tokens():
                 tokens, accuracies = zip(*[(point["tokens"], point["accuracy"]) for point in runs[f"{ours}-{seed}"]])
                 gains.append(np.interp(other["tokens"], tokens, accuracies) - other["accuracy"])
             cells.append(f"{np.mean(gains):.3f} ± {2.262 * np.std(gains, ddof=1) / np.sqrt(10):.3f}")
-        assert f"| difference at the tokens of uniform's step | | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+        assert f"| difference after as many tokens as uniform's | | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
