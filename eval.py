@@ -133,18 +133,19 @@ COLUMNS = {"problem": int, "index": int, "response": str, "reference": str, "sco
 
 def add_command_flags(parser: argparse.ArgumentParser) -> None:
     """What is evaluated, and where it is kept; with the paper's protocol as defaults."""
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--data", default=None,
-        help=f"benchmarks, with commas between them: {', '.join(BENCHMARKS)}, or files, or hub "
-        "data sets name[:config[:split]]")
+    group = parser.add_argument_group("evaluation")
+    what, add = group.add_mutually_exclusive_group(required=True), group.add_argument
+    what.add_argument(
+        "--data", help=f"benchmarks, with commas between them: {', '.join(BENCHMARKS)}, or files, "
+        "or hub data sets name[:config[:split]]")
+    what.add_argument("--rescore", metavar="FILE", help="grade the samples of FILE, a NAME.jsonl, "
+        "anew: no model is needed")
     add("--samples", type=positive_int, default=8, help="k, the samples of each problem")
     add("--limit", type=positive_int, help="use the first problems of each benchmark only")
     add("--out", default=None,
         help="folder of the evaluation; None: runs/eval-MODEL, or with --rescore nothing is kept")
     add("--resume", action="store_true",
         help="draw only what --out does not hold yet; start if it holds nothing")
-    add("--rescore", metavar="FILE", default=None,
-        help="grade the samples of FILE, a NAME.jsonl, anew: no model is needed")
     parser.set_defaults(max_prompt_tokens=1024, max_response_tokens=3072)
 
 
@@ -272,12 +273,11 @@ def as_table(results: dict[str, dict]) -> str:
 def main(argv=None) -> None:
     """Draw, or grade anew; save samples and figures; print protocol and table."""
     args = parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_command_flags)
-    if bool(args.data) == bool(args.rescore) or (args.rescore and args.resume):
-        raise InputError("give either --data, to draw samples, or --rescore FILE (see --help)")
     device = join_ranks()
-    folder = args.out or (f"runs/eval-{Path(args.model).name}" if args.data else None)
+    folder = args.out or (None if args.rescore else f"runs/eval-{Path(args.model).name}")
     out = Path(folder) if folder else None
-    lock = claim_folder(out, PROTOCOL, args.resume) if out else nullcontext()
+    resume = args.resume and not args.rescore
+    lock = claim_folder(out, PROTOCOL, resume) if out else nullcontext()
     with lock, Grader() as grader:
         if args.rescore:
             protocol, rows = rescore(Path(args.rescore), out, grader)

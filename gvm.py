@@ -264,15 +264,14 @@ def main(argv=None) -> None:
     """Write one line per problem, p and the columns of e_step; print a summary."""
     args = parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_budget_flags,
                        add_table_flags)
-    if args.allocator == "uniform":
-        raise InputError("--allocator uniform: has no E-step; choose gvm or reward")
-    out = Path(args.out)
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; choose another name")
-    device = join_ranks()
-    check_budget(args)
+    device, out = join_ranks(), Path(args.out)
 
     def set_up() -> tuple:
+        if args.allocator == "uniform":
+            raise InputError("--allocator uniform: has no E-step; choose gvm or reward")
+        if out.exists():
+            raise InputError(f"--out {out}: exists already; choose another name")
+        check_budget(args)
         model, tokenizer = load_model(args, device)
         problems = load_prompts(args.data, args.split, tokenizer, args, args.limit)
         return model, tokenizer, problems, Policy(model, args.temperature)

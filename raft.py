@@ -15,7 +15,6 @@ One step, and where it lies:
 
 import argparse
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -221,7 +220,8 @@ def watch(state: run.RunState, metrics: dict) -> None:
 
 
 def set_up(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
-    """What a rank loads by itself: model, tokenizer, problems, those to evaluate, reference."""
+    """What a rank loads by itself: policy, tokenizer, problems, those to evaluate, reference."""
+    check_budget(args, args.objective)
     if args.data in BENCHMARKS:
         raise InputError(f"--data {args.data}: is there to evaluate; name a hub data set to train")
     model, tokenizer = load_model(args, device, checkpoint)
@@ -230,29 +230,32 @@ def set_up(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
     if not args.updates_per_step <= args.prompts_per_step <= len(problems):
         raise InputError("--prompts-per-step must lie between --updates-per-step and the number "
                          f"of problems, {len(problems)}")
+    policy = Policy(model, args.temperature, args.gradient_checkpointing)
     reference = Policy(load_model(args, device)[0], args.temperature) if args.kl_coef > 0 else None
-    return model, tokenizer, problems, eval_problems, reference
+    return policy, tokenizer, problems, eval_problems, reference
 
 
 def train(args: argparse.Namespace) -> None:
     """The whole run: draw, update, evaluate, save; and again."""
     stop, device = run.StopSignal(), run.join_ranks()
-    check_budget(args, args.objective)
     out = Path(args.out or f"runs/{args.objective}-{args.allocator}-{args.seed}")
     lock = run.claim_folder(out, "args.json", args.resume)
     checkpoint, state = newest_checkpoint(out) if args.resume else (None, run.RunState())
     if state.step >= args.steps:
         run.print0(f"{out}: is at step {state.step} of --steps {args.steps}; nothing is left to do")
         return
-    model, tokenizer, problems, eval_problems, reference = run.on_every_rank(
+    policy, tokenizer, problems, eval_problems, reference = run.on_every_rank(
         set_up, args, device, checkpoint)
     compare_problems(state, {args.data: problems, args.eval_data: eval_problems})
-    policy = Policy(model, args.temperature, args.gradient_checkpointing)
-    ddp_policy = distribute(policy)
+    model, ddp_policy = policy.model, distribute(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=args.weight_decay)
     if checkpoint:
         load_optimizer(checkpoint, model, optimizer)
-    save = partial(save_checkpoint, out, state, model, optimizer, tokenizer, args.keep)
+
+    def save():
+        if state.not_finite == 0:  # or it would replace a good one
+            save_checkpoint(out, state, model, optimizer, tokenizer, args.keep)
+
     with lock, Grader() as grader:
         sampler = make_sampler(model, tokenizer, args)
         run.on_rank0(run.start_log, out, args, state.log_bytes)
@@ -278,8 +281,7 @@ def train(args: argparse.Namespace) -> None:
                     metrics |= evaluate(sampler, grader, eval_problems, args)
             run.on_rank0(run.write_log, out, state, metrics)
             run.on_every_rank(watch, state, metrics)
-            due = step == args.steps or (step > 0 and step % args.save_every == 0)
-            if (stopping or due) and state.not_finite == 0:  # a good checkpoint is not replaced
+            if stopping or step == args.steps or (step > 0 and step % args.save_every == 0):
                 save()
             if stopping:
                 break

@@ -156,8 +156,7 @@ def test_rescore_grades_anew_and_needs_no_model(straight, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "complaint"), [
-    (["--data", "math500", "--rescore", "x.jsonl"], "give either --data"),
-    (["--resume", "--rescore", "x.jsonl"], "give either --data"),
+    (["--data", "math500", "--rescore", "x.jsonl"], "--rescore: not allowed with argument --data"),
     (["--rescore", "missing.jsonl"], "missing.jsonl: no such file"),
     (["--rescore", "other.jsonl"], "other.jsonl: line 1 is no sample"),
     (["--rescore", "part.jsonl", "--out", "."], "part.jsonl: is not of these problems"),
@@ -204,7 +203,7 @@ def test_files_of_others_are_not_touched(straight, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "complaint"), [
-    ([], "give either --data"), (["--data", "math500"], "context of 512")])
+    ([], "one of the arguments --data --rescore is required"), (["--data", "math500"], "context of 512")])
 def test_bad_input_is_one_line(tmp_path, words, complaint):
     done = run_script("eval.py", *words, check=False, cwd=tmp_path)
     assert done.returncode == 2 and complaint in done.stderr
