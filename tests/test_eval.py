@@ -81,6 +81,15 @@ def test_evaluate_repeats_itself(device, model_and_tokenizer, grader, problems):
     assert 0 <= figures["eval_accuracy"] <= figures["eval_pass@2"] <= 1 and figures["eval_grader_failures"] == 0
 
 
+def test_training_evaluates_at_the_temperature_of_its_evaluations(device, model_and_tokenizer, grader, problems):
+    sampler, words = HfSampler(*model_and_tokenizer, flags()), ["--eval-samples", 3, "--temperature", 1.5]
+    likeliest = evaluate(sampler, grader, problems[:20], flags(*words, "--eval-temperature", 0))
+    assert likeliest["eval_pass@3"] == likeliest["eval_accuracy"] > 0  # all samples of a problem are the same
+    drawn = evaluate(sampler, grader, problems[:20], flags(*words))
+    assert drawn["eval_pass@3"] > drawn["eval_accuracy"]
+    assert drawn == evaluate(sampler, grader, problems[:20], flags("--eval-samples", 3))  # not that of training
+
+
 def run_command(out, *words, ranks: int = 1, **options) -> subprocess.CompletedProcess:
     return run_script("eval.py", "--data", TOY / "eval.jsonl", *PROTOCOL, "--out", out, *words, ranks=ranks, **options)
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    SMALL, STOP, check_killed_and_resumed, check_sigterm_saves_the_step_and_exits, flags, make_sample, parameters, read_log,
-    run_script,
+    SMALL, STOP, check_killed_and_resumed, check_sigterm_saves_the_step_and_exits, flags, make_sample, parameters,
+    read_log, run_script,
 )
 from transformers import AutoTokenizer
 
 from data import InputError, Problem
-from model import Policy, distribute
-from raft import LOSSES, kl_k3, loss_weights, micro_batch_loss, raft_objective, train, train_step, update
-from sampler import collate
+from model import Policy, distribute, load_model
+from raft import LOSSES, kl_k3, loss_weights, micro_batch_loss, raft_objective, split_updates, train, train_step, update
+from sampler import collate, fill_logprobs
 
 # Three prompts: two right and one wrong sample, one right, one wrong. Their mean length is (1 + 3 + 2 + 4 + 5) / 5 = 3.
 GROUPS = [make_sample(0, 1.0, [1]), make_sample(0, 1.0, [1] * 3), make_sample(0, 0.0, [1] * 2),
@@ -48,6 +48,14 @@ def test_prompt_weights_do_not_depend_on_how_many_samples_a_prompt_got():
         weights = loss_weights(more, used, 3, "prompt")
         per_prompt = [sum(w for w, s in zip(weights, more) if s.problem == i) for i in range(3)]
         assert per_prompt[0] == pytest.approx(per_prompt[1]) and (per_prompt[2] > 0) == used[4]
+
+
+def test_prompt_weights_count_the_prompts_of_the_update_and_not_those_of_the_step():
+    problems, samples = [Problem(i, "", "") for i in range(6)], [make_sample(i, 1.0, [9, 9]) for i in range(6)]
+    updates = split_updates(problems, samples, flags("--updates-per-step", 3))
+    assert [[sample.problem for sample in part] for part in updates] == [[0, 1], [2, 3], [4, 5]]
+    # 1 / (m |D_i|) over the mean length, with m = 2: the weights of an update's tokens add up to 1.
+    assert [sample.loss_weight for sample in samples] == pytest.approx([1 / (2 * 1 * 2)] * 6)
 
 
 def test_losses_by_hand():
@@ -146,6 +154,29 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(small):
     assert update(ddp_policy, optimizer, samples, flags())["updates"] == 1 and not unchanged(policy, before)
 
 
+def test_the_gradient_is_clipped_to_the_flag_and_its_norm_is_logged_as_it_was(device, model_and_tokenizer):
+    policy = Policy(model_and_tokenizer[0])
+    samples = [make_sample(0, 1.0, [9, 9], advantage=1.0, loss_weight=0.5)]
+    fill_logprobs(policy, samples, 100)
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    metrics = update(distribute(policy), optimizer, samples, flags("--grad-clip", 0.01))
+    moved = sum((new - old).square().sum() for new, old in zip(policy.parameters(), before)).sqrt().item()
+    assert moved == pytest.approx(0.01, rel=1e-3) and metrics["grad_norm"] > 0.1
+
+
+def test_all_updates_of_a_step_share_the_policy_from_before_it(small):
+    policy, ddp_policy, optimizer, before = small
+    problems, samples = [Problem(i, "", "") for i in range(3)], [make_sample(i, 1.0, [9, 8, 7]) for i in range(3)]
+    expected = policy(**collate(samples, torch.device("cpu")))[0].detach().split(3)
+    args = flags("--updates-per-step", 3)
+    metrics = train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=samples, stop=STOP, args=args)
+    assert metrics["updates"] == 3 and not unchanged(policy, before)
+    for sample, logprobs in zip(samples, expected):
+        assert sample.old_logprobs == pytest.approx(logprobs.numpy(), abs=1e-5)
+    assert metrics["loss"] < -1.01  # on its own policy, each update's would be -1
+
+
 @pytest.mark.parametrize(("loss", "cap"), [("raft++", None), ("raft++", 2.0), ("raft", 1.5)])
 def test_truncated_importance_weights_by_hand(small, loss, cap):
     policy, ddp_policy, optimizer, before = small
@@ -169,6 +200,35 @@ def test_truncated_importance_weights_by_hand(small, loss, cap):
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def train_here(device, tmp_path):
+    """Train in this process for one step of one update, on four problems; returns the log and the final weights."""
+    data = tmp_path / "four.jsonl"
+    data.write_text("".join(json.dumps({"problem": f"{i}+2", "answer": str(i + 2)}) + "\n" for i in range(1, 5)))
+
+    def train_once(*words):
+        out = tmp_path / "-".join(map(str, words))
+        train(flags("--data", data, "--eval-data", data, "--eval-samples", 1, "--prompts-per-step", 4, "--steps", 1,
+                    "--updates-per-step", 1, *words, "--out", out))
+        return read_log(out), parameters(out, 1)
+
+    return train_once
+
+
+def test_the_temperature_is_that_of_sampler_policy_and_reference(train_here):
+    log, _ = train_here("--temperature", 0.7, "--kl-coef", 0.1)
+    assert log[1]["updates"] == 1 and log[1]["sampler_gap_max"] < 1e-4  # the one update began at the initial model
+    assert log[1]["kl"] == pytest.approx(0, abs=1e-7)
+
+
+def test_weight_decay_is_the_flag_s(train_here):
+    """AdamW: lr times decay times the weights themselves is taken away, on top of the step."""
+    without, with_decay = (train_here("--lr", 1e-3, "--weight-decay", decay)[1] for decay in (0, 20))
+    initial = load_model(flags(), torch.device("cpu"))[0].state_dict()
+    for name, weights in without.items():
+        assert torch.allclose(weights - with_decay[name], 1e-3 * 20 * initial[name], atol=1e-6), name
+
 
 WINDOWS = {1: ["--e-step-every", 1], 2: ["--e-step-every", 3, "--rounds", 1]}  # by the number of ranks
 

@@ -1,0 +1,120 @@
+"""Which one-line errors do the tests not notice? Breaks copies of the repository, and prints the breaks that survive.
+
+    python tests/mutants.py --count 40                                             # the fast tests; half an hour
+    python tests/mutants.py --count 5 --modules model --tests tests/test_model.py  # other modules, other tests
+
+A mutant is one change to one module: a comparison turned into another, a number one larger, a condition negated, or a
+statement dropped. They are drawn by --seed from all that the modules have. A survivor is a line that needs a test, or a
+change that makes no difference to results: telling them apart needs a reader.
+"""
+
+import argparse
+import ast
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ORDER = ["allocator", "data", "run", "model", "sampler", "eval", "gvm", "raft", "grpo"]  # imports run one way
+SWAPPED = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
+           ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}
+# Left out of the default tests, by a part of their names: they start scripts or ranks, or take long.
+SLOW = ["script", "ranks", "killed", "sigterm", "helps", "log_counts", "users_see", "small_case and 4"]
+
+
+def mutants_of(text: bytes) -> list[tuple[int, int, bytes]]:
+    """All mutants of a module: (first byte, byte after the last, what stands there instead)."""
+    starts, found = [0], []
+    for line in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def span(node: ast.AST) -> tuple[int, int]:
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    def source(node: ast.AST) -> str:
+        return text[slice(*span(node))].decode()
+
+    for node in ast.walk(ast.parse(text)):
+        new = None
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            new = f"({source(node.left)}) {SWAPPED[type(node.ops[0])]} ({source(node.comparators[0])})"
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            new = repr(node.value + 1)
+        elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)) and not isinstance(node.value, ast.Constant):
+            new = "pass"
+        if new:
+            found.append((*span(node), new.encode()))
+        if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+            found.append((*span(node.test), f"not ({source(node.test)})".encode()))
+    return found
+
+
+def default_tests(module: str) -> list[str]:
+    """pytest's arguments: the fast tests of a module, and of the modules that may import it."""
+    names = [name for name in ORDER[ORDER.index(module) :] if (ROOT / "tests" / f"test_{name}.py").exists()]
+    files = [f"tests/test_{name}.py" for name in names]
+    return [*files, "-k", " and ".join(f"not ({part})" for part in SLOW)]
+
+
+def survives(folder: Path, tests: list[str], limit: float) -> bool:
+    """Whether the tests are green in a copy of the repository; running out of time is not."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        return process.wait(timeout=limit) == 0
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the grader's workers
+        process.wait()
+        return False
+
+
+def try_mutant(mutant: tuple | None, args: argparse.Namespace) -> str | None:
+    """Break a copy and test it: "file:line: before -> after" if the mutant survives. None: an unbroken copy."""
+    module, start, end, new = mutant or ("allocator", 0, 0, b"")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs"))
+        path = copy / f"{module}.py"
+        text = path.read_bytes()
+        path.write_bytes(text[:start] + new + text[end:])
+        if not survives(copy, args.tests or default_tests(module), args.limit):
+            return None
+    line, before = text[:start].count(b"\n") + 1, " ".join(text[start:end].decode().split())
+    return f"{module}.py:{line}: {before} -> {new.decode()}"
+
+
+def main() -> None:
+    """Draw mutants, try them, print those that survive."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=40, help="mutants to try")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--modules", nargs="+", choices=ORDER, default=["allocator", "gvm", "raft", "grpo", "run"])
+    parser.add_argument("--tests", type=shlex.split, help="for pytest, in quotes; default: the fast ones of the module and those above")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for the tests of one mutant")
+    parser.add_argument("--jobs", type=int, default=2, help="copies that are tested at once")
+    args = parser.parse_args()
+    if try_mutant(None, args) is None:
+        sys.exit("the tests are not green without a mutant, or take longer than --limit")
+    mutants = [(name, *mutant) for name in args.modules for mutant in mutants_of((ROOT / f"{name}.py").read_bytes())]
+    drawn = random.Random(args.seed).sample(mutants, min(args.count, len(mutants)))
+    survivors = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for result in pool.map(partial(try_mutant, args=args), drawn):
+            if result:
+                survivors += 1
+                print(result, flush=True)
+    print(f"{len(drawn)} of {len(mutants)} mutants tried: {len(drawn) - survivors} killed, {survivors} survived")
+
+
+if __name__ == "__main__":
+    main()
