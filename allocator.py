@@ -105,6 +105,8 @@ def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.
     )
     if (num_right > num_drawn).any():
         raise ValueError("num_right must not be above num_drawn")
+    if compares_prompts(rule):
+        raise ValueError("rule compares prompts: its weights cannot be averaged over p")
     num_wrong = num_drawn - num_right
     norm_right = _fill_unknown(norm_right, known=num_right > 0)
     norm_wrong = _fill_unknown(norm_wrong, known=num_wrong > 0)
@@ -133,10 +135,14 @@ def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.
     for p, probability in zip(np.exp(log_p), posterior.T):
         weights = rule(np.full(len(num_right), p), norm_right, norm_wrong)
         second_moments += probability * weights**2
-    p_of_last = np.full(len(num_right), p)[-1:]  # the last prompt alone: as among the others?
-    if not np.allclose(rule(p_of_last, norm_right[-1:], norm_wrong[-1:]), weights[-1:]):
-        raise ValueError("rule compares prompts: its weights cannot be averaged (--no-shrink)")
     return np.sqrt(second_moments)
+
+
+def compares_prompts(rule) -> bool:
+    """Whether a rule gives a prompt another weight alone than among others of the same p."""
+    p, norms = np.full(3, 0.5), np.array([1.0, 2.0, 3.0])
+    alone = [rule(p[:1], norm, norm)[0] for norm in norms.reshape(3, 1)]
+    return not np.allclose(rule(p, norms, norms), alone)
 
 
 def _fill_unknown(norms: np.ndarray, known: np.ndarray) -> np.ndarray:

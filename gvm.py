@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from allocator import allocate_round, estimator_variance, gvm_weights, posterior_weights
-from allocator import reward_weights, summarise_samples
+from allocator import allocate_round, compares_prompts, estimator_variance, gvm_weights
+from allocator import posterior_weights, reward_weights, summarise_samples
 from data import TOY, Grader, InputError, Problem, Sample
 from model import Policy, add_model_flags, load_model
 from run import Stopped, append_rows, join_ranks, non_negative, number, on_every_rank, on_rank0
@@ -49,7 +49,7 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     add("--pilot-samples", type=positive_int, default=2, help="N' per prompt; the paper: 8 or 32")
     add("--rounds", type=positive_int, default=3, help="of allocation, each knowing more; paper: 1")
     add("--e-step-every", type=positive_int, default=1,
-        help="steps that a pilot serves; above 1 it only informs, on top of the budget; paper: 9")
+        help="steps that a pilot serves; above 1 it only informs, and needs --rounds 1; paper: 9")
     add("--shrink", action=argparse.BooleanOptionalAction, default=True,
         help="average over all p that the samples allow; the paper takes right/drawn: --no-shrink")
     add("--cost", choices=["samples", "tokens"], default="samples", help="what the budget counts")
@@ -71,10 +71,12 @@ def check_budget(args: argparse.Namespace, objective: str | None = None) -> None
         raise InputError("--samples-per-prompt is below --pilot-samples, which it includes")
     if args.e_step_every > 1 and args.rounds > 1:
         raise InputError("--e-step-every above 1 does not spend in rounds: add --rounds 1")
-    fitting = {"raft": "gvm", "grpo": "reward"}
-    if objective in fitting and args.allocator in set(fitting.values()) - {fitting[objective]}:
-        print0(f"warning: --allocator {args.allocator} fits another gradient estimator; "
-               f"here {fitting[objective]} does")
+    if args.shrink and compares_prompts(partial(RULES[args.allocator], args=args)):
+        raise InputError(f"--allocator {args.allocator}: compares prompts; add --no-shrink, and "
+                         "--rounds 1 if it is to choose once")
+    fitting = {"raft": "gvm", "grpo": "reward"}.get(objective)
+    if fitting and args.allocator in {"gvm", "reward"} - {fitting}:
+        print0(f"warning: --allocator {args.allocator} fits another estimator; here {fitting} does")
 
 
 def estimate(samples: list[Sample], problems: list[Problem], weighting: str) -> dict:
@@ -230,14 +232,14 @@ def describe(problems: list[Problem], samples: list[Sample], pilot: list[Sample]
 def describe_table(table: dict, args) -> dict:
     """Metrics of an allocation, by its own estimates, against uniform counts at the same cost.
 
-    predicted_variance: sum_i w_i^2 / n_i over uniform's, for a rule whose weights are sqrt(c_i);
-    None if unknown or infinite. Optimistic: it believes the very samples that may mislead. A pilot
-    that only informs costs as much, and lowers nothing: above 1 is possible.
+    predicted_variance: sum_i w_i^2 / n_i over uniform's; None if infinite, or if a rule's weights
+    are not sqrt(c_i). Optimistic: it believes the very samples that may mislead. Above 1 where a
+    pilot only informs, which costs as much and lowers nothing.
     """
     even = args.samples_per_prompt + (args.pilot_samples if args.e_step_every > 1 else 0)
     counts, lengths, moments = table["counts"], table["mean_length"], table["weights"] ** 2
     ratio = None
-    if moments.any() and counts[moments > 0].all():
+    if args.allocator in ("gvm", "reward") and moments.any() and counts[moments > 0].all():
         ratio = estimator_variance(counts, moments) / (moments.sum() / even)
     return {
         "predicted_variance": ratio,

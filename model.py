@@ -90,8 +90,8 @@ def _check_weights(source, model, report: dict) -> None:
 
 def _check_tokenizer(source, tokenizer, end_ids: set[int], vocabulary: int) -> None:
     """InputError unless questions survive encoding, to ids that the model knows."""
-    if not end_ids:
-        raise InputError(f"--model {source}: has no end-of-sequence token")
+    if not end_ids or min(end_ids) < 0:
+        raise InputError(f"--model {source}: has no end-of-sequence token; set eos_token_id")
     one, other = (encode_prompt(tokenizer, Problem(0, text, "")) for text in ("4+3", "9-1"))
     if one == other:
         raise InputError(f"--model {source}: its tokenizer cannot tell questions apart; is "

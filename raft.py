@@ -129,9 +129,9 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
         weights = loss_weights(part, used, len(ids), args.weighting)
         for sample, advantage, weight in zip(part, advantages, weights):
             sample.advantage, sample.loss_weight = advantage, weight
-        # Advantage 0: the loss has no gradient. Without a KL there is nothing to compute.
-        trained = [sample for sample in part if sample.advantage != 0 or args.kl_coef > 0]
-        updates.append([sample for sample in trained if sample.loss_weight > 0])
+        # Without an advantage the loss has no gradient, but the KL has.
+        has_gradient = [s.advantage != 0 or args.kl_coef > 0 for s in part]
+        updates.append([s for s, has in zip(part, has_gradient) if has and s.loss_weight > 0])
     return updates
 
 
@@ -272,9 +272,8 @@ def train(args: argparse.Namespace) -> None:
                     save()
                     break
                 with state.timer("train"):  # the M-step
-                    metrics |= train_step(
-                        policy, ddp_policy, reference, optimizer, problems=batch, samples=samples,
-                        stop=stop, args=args)
+                    metrics |= train_step(policy, ddp_policy, reference, optimizer, problems=batch,
+                                          samples=samples, stop=stop, args=args)
             stopping = stop.on_any_rank()
             if not stopping and (step in (0, args.steps) or step % args.eval_every == 0):
                 with state.timer("eval"):

@@ -39,7 +39,7 @@ def number(kind: type, low: float, high: float = math.inf):
     return convert
 
 
-positive_int = number(int, low=1)
+positive_int = number(int, low=1, high=2**31 - 1)
 non_negative = number(float, low=0)
 
 
@@ -68,7 +68,8 @@ def run_script(main) -> None:
     except (InputError, RunError) as error:
         rank = os.environ.get("RANK", "0")
         at_rank = "" if rank == "0" else f" on rank {rank}"
-        print(f"{Path(sys.argv[0]).name}: error{at_rank}: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())  # a name in it may hold a line break
+        print(f"{Path(sys.argv[0]).name}: error{at_rank}: {line}", file=sys.stderr)
         error.__traceback__ = error.__cause__ = None  # the line is enough for torchrun's report
         get_error_handler().record_exception(error)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -253,7 +254,7 @@ def start_log(out: Path, args: argparse.Namespace, log_bytes: int) -> None:
     """Record flags and versions in args.json; cut log.jsonl back to the checkpoint's length."""
     record, log = out / "args.json", out / "log.jsonl"
     if record.exists():
-        before = read_json(record).get("flags", {}) | {"resume": args.resume}
+        before = dict(read_json(record).get("flags", {}), resume=args.resume)
         changed = [name for name, value in vars(args).items() if value != before.get(name)]
         if changed:
             print0(f"warning: resumed with other values of {', '.join(changed)} than before")

@@ -1,6 +1,9 @@
 """README.md: the code that it shows does what it says."""
 
+import gc
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +15,33 @@ import raft
 from data import InputError
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("mark", "script"), [('RULES["middle"]', "gvm.py"), ('LOSSES["cispo"]', "raft.py"),
+                                              ('OBJECTIVES["signed"]', "raft.py")])
+def test_its_lines_can_stand_below_the_dictionary(mark, script):
+    """The module with the README's lines put there is imported, and its help names the new entry."""
+    block, = [block for block in BLOCKS if mark in block]
+    table, name = re.fullmatch(r'(\w+)\["(\w+)"\]', mark).groups()
+    text = re.sub(rf"^{table} = .*$", lambda line: f"{line[0]}\n\n{block}", (ROOT / script).read_text(), flags=re.MULTILINE)
+    program = f"import sys\nsys.argv = [{script!r}, '--help']\nexec(compile({text!r}, {script!r}, 'exec'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and name in done.stdout, done.stderr
+
+
+def test_a_rule_that_compares_prompts_is_bad_input(device, tmp_path, monkeypatch):
+    def hardest(p, norm_right, norm_wrong, args):
+        return np.where(np.arange(len(p)) == np.argmin(p), 1.0, 0.0)
+
+    monkeypatch.setitem(gvm.RULES, "hardest", hardest)
+    words = [*map(str, SMALL[:-1]), "1", "--allocator", "hardest", "--out", str(tmp_path / "run")]
+    with pytest.raises(InputError, match="--allocator hardest: compares prompts; add --no-shrink"):
+        raft.main(words)
+    assert not (tmp_path / "run" / "args.json").exists()
+    gc.collect()
+    raft.main([*words, "--no-shrink", "--rounds", "1"])
+    line = read_log(tmp_path / "run")[1]
+    assert line["samples"] == 32 and line["predicted_variance"] is None
 
 
 def run_block(mark: str, module, monkeypatch) -> None:
