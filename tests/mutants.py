@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40, help="mutants to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modules", nargs="+", choices=ORDER, default=["allocator", "gvm", "raft", "grpo", "run"])
-    parser.add_argument("--tests", type=shlex.split, help="for pytest, quoted; default: fast ones of the module and those above")
+    parser.add_argument("--tests", type=shlex.split, help="for pytest; default: fast ones of the module and above")
     parser.add_argument("--limit", type=float, default=300, help="seconds for the tests of one mutant")
     parser.add_argument("--jobs", type=int, default=2, help="copies that are tested at once")
     args = parser.parse_args()
