@@ -68,8 +68,8 @@ def survives(folder: Path, tests: list[str], limit: float) -> bool:
     """Whether the tests are green in a copy of the repository; running out of time is not."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)
     try:
         return process.wait(timeout=limit) == 0
     except subprocess.TimeoutExpired:
@@ -84,8 +84,7 @@ def try_mutant(mutant: tuple | None, args: argparse.Namespace) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "runs"))
-        path = copy / f"{module}.py"
-        text = path.read_bytes()
+        text = (path := copy / f"{module}.py").read_bytes()
         path.write_bytes(text[:start] + new + text[end:])
         if not survives(copy, args.tests or default_tests(module), args.limit):
             return None
@@ -99,7 +98,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40, help="mutants to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modules", nargs="+", choices=ORDER, default=["allocator", "gvm", "raft", "grpo", "run"])
-    parser.add_argument("--tests", type=shlex.split, help="for pytest, in quotes; default: the fast ones of the module and those above")
+    parser.add_argument("--tests", type=shlex.split, help="for pytest; default: fast ones of the module and above")
     parser.add_argument("--limit", type=float, default=300, help="seconds for the tests of one mutant")
     parser.add_argument("--jobs", type=int, default=2, help="copies that are tested at once")
     args = parser.parse_args()
