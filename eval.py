@@ -190,7 +190,8 @@ def read_samples(path: Path) -> list[dict]:
     """The rows of a NAME.jsonl; raises InputError if this command did not write it."""
     rows = read_rows(path)
     for line, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or any(type(row.get(n)) is not t for n, t in COLUMNS.items()):
+        is_whole = isinstance(row, dict) and all(type(row.get(n)) is t for n, t in COLUMNS.items())
+        if not is_whole or row["score"] not in (0, 1):
             raise InputError(f"{path}: line {line} is no sample; give a NAME.jsonl of eval.py")
     if len({(row["problem"], row["index"]) for row in rows}) < len(rows):
         raise InputError(f"{path}: holds a sample twice; choose another file")
