@@ -72,11 +72,11 @@ def check_budget(args: argparse.Namespace, objective: str | None = None) -> None
     if args.e_step_every > 1 and args.rounds > 1:
         raise InputError("--e-step-every above 1 does not spend in rounds: add --rounds 1")
     if args.shrink and compares_prompts(partial(RULES[args.allocator], args=args)):
-        raise InputError(f"--allocator {args.allocator}: compares prompts; add --no-shrink, and "
-                         "--rounds 1 if it is to choose once")
+        raise InputError(f"--allocator {args.allocator}: compares prompts; add --no-shrink")
     fitting = {"raft": "gvm", "grpo": "reward"}.get(objective)
     if fitting and args.allocator in {"gvm", "reward"} - {fitting}:
-        print0(f"warning: --allocator {args.allocator} fits another estimator; here {fitting} does")
+        print0(f"warning: --allocator {args.allocator} fits another gradient estimator; here "
+               f"{fitting} does")
 
 
 def estimate(samples: list[Sample], problems: list[Problem], weighting: str) -> dict:
