@@ -72,7 +72,7 @@ def mean_and_error(values: np.ndarray) -> dict:
 
 
 def sampling_error(scores: np.ndarray) -> float | None:
-    """The error of avg@k over samples alone, for the same problems; scores: (n, k), k > 1."""
+    """The error of avg@k over samples alone, same problems; scores: (n, k); None at k = 1."""
     n, k = scores.shape
     p = scores.mean(axis=1)  # sqrt(sum_i p_i (1 - p_i) / (k - 1)) / n
     return math.sqrt((p * (1 - p)).sum() / (k - 1)) / n if k > 1 else None

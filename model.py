@@ -254,7 +254,7 @@ def save_checkpoint(out: Path, state: RunState, model, optimizer, tokenizer, kee
             write_json(partial / "digests.json", digests)
             digest(partial / "digests.json")
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)  # it may not have come so far
             raise InputError(f"--out: the checkpoint of step {state.step} cannot be written "
                              f"({error}); make room, then --resume") from error
         shutil.rmtree(final, ignore_errors=True)  # a broken one, which --resume passed over
