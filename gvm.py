@@ -8,20 +8,20 @@ table of a data set: one line per problem, what its samples told of it and how m
 """
 
 import argparse
-from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+import run
 from allocator import allocate_round, compares_prompts, estimator_variance, gvm_weights
 from allocator import posterior_weights, reward_weights, summarise_samples
 from data import TOY, Grader, InputError, Problem, Sample
 from model import Policy, add_model_flags, load_model
-from run import Stopped, append_rows, join_ranks, non_negative, number, on_every_rank, on_rank0
-from run import parse_flags, positive_int, print0, run_script
-from sampler import ORDER, TRAINING, add_sampler_flags, draw, fill_logprobs, load_prompts
-from sampler import make_sampler
+from run import non_negative, number, positive_int
+from sampler import ORDER, TRAINING, HfSampler, VllmSampler, add_sampler_flags, draw
+from sampler import fill_logprobs, load_prompts, make_sampler
 
 
 def gvm_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
@@ -75,8 +75,8 @@ def check_budget(args: argparse.Namespace, objective: str | None = None) -> None
         raise InputError(f"--allocator {args.allocator}: compares prompts; add --no-shrink")
     fitting = {"raft": "gvm", "grpo": "reward"}.get(objective)
     if fitting and args.allocator in {"gvm", "reward"} - {fitting}:
-        print0(f"warning: --allocator {args.allocator} fits another gradient estimator; here "
-               f"{fitting} does")
+        run.print0(f"warning: --allocator {args.allocator} fits another gradient estimator; here "
+                   f"{fitting} does")
 
 
 def estimate(samples: list[Sample], problems: list[Problem], weighting: str) -> dict:
@@ -102,46 +102,58 @@ def allocation_weights(table: dict, args: argparse.Namespace) -> np.ndarray:
     return rule(table["num_right"] / table["num_drawn"], *norms)
 
 
-def plan_round(samples: list[Sample], problems: list[Problem], already, rounds_left, args) -> dict:
-    """The table of `estimate` with "weights" and "counts": what each problem has after this round.
+# --- the E-step ------------------------------------------------------------------------------
+@dataclass
+class SampleSource:
+    """Draws graded samples from the policy as it is. All ranks call it, and get the same."""
 
-    already: how many samples each problem has, (problems,). A round spends an equal part of what
-    is left. With --cost tokens, a sample costs the mean response tokens of its problem.
+    policy: Policy
+    sampler: HfSampler | VllmSampler
+    grader: Grader
+    args: argparse.Namespace
+    stop: run.StopSignal | None = None
+
+    def draw(self, problems, counts, step, first_index=0, with_norms=False) -> list[Sample]:
+        """counts_i samples of problem i, counts: (problems,). Raises Stopped after a signal.
+
+        with_norms: their old_logprobs and head_grad_norm as well, both from one forward pass.
+        """
+        if self.stop is not None and self.stop.on_any_rank():
+            raise run.Stopped
+        samples = draw(self.sampler, self.grader, problems, counts, first_index=first_index,
+                       seed_key=(self.args.seed, TRAINING, step),
+                       temperature=self.args.temperature)
+        if with_norms:
+            fill_logprobs(self.policy, samples, self.args.tokens_per_micro_batch, with_norms=True)
+        return samples
+
+
+def allocation_table(problems: list[Problem], step: int, source: SampleSource, args) -> tuple:
+    """Pilot and rounds: (the table of the last round, the samples that it was made from).
+
+    A round spends an equal part of what is left of the budget; the last is left to the caller.
     """
-    table = estimate(samples, problems, args.weighting)
-    table["weights"] = allocation_weights(table, args)
-    prices = table["mean_length"] if args.cost == "tokens" else None
-    table["counts"] = allocate_round(
-        table["weights"], already, args.samples_per_prompt, rounds_left, prices)
-    return table
-
-
-def e_step(problems: list[Problem], draw_samples, fill_norms, args, *, spend_all=True) -> tuple:
-    """Algorithm 2 in rounds: (the table of the last one, all samples, the pilot included).
-
-    draw_samples(problems, counts, first_index): graded samples. fill_norms(samples): fills in
-    their old_logprobs and head_grad_norm. spend_all=False: the last round is planned, not drawn.
-    """
-    already = np.full(len(problems), args.pilot_samples)
-    samples = draw_samples(problems, already, first_index=0)
+    pilot = np.full(len(problems), args.pilot_samples)
+    samples = source.draw(problems, pilot, step, with_norms=True)
     for rounds_left in range(args.rounds, 0, -1):
-        # Those of the last round need no norms: training fills in their log-probs.
-        fill_norms([sample for sample in samples if sample.old_logprobs is None])
-        table = plan_round(samples, problems, already, rounds_left, args)
-        if spend_all or rounds_left > 1:
-            samples += draw_samples(problems, table["counts"] - already, first_index=already)
-            already = table["counts"]
+        table = estimate(samples, problems, args.weighting)
+        table["weights"] = allocation_weights(table, args)
+        # A pilot that serves several steps only informs: the budget comes on top of it.
+        already = table["num_drawn"] if args.e_step_every == 1 else 0 * pilot
+        prices = table["mean_length"] if args.cost == "tokens" else None
+        table["counts"] = allocate_round(
+            table["weights"], already, args.samples_per_prompt, rounds_left, prices)
+        if rounds_left > 1:
+            more, drawn = table["counts"] - table["num_drawn"], table["num_drawn"]
+            samples += source.draw(problems, more, step, first_index=drawn, with_norms=True)
     return table, samples
 
 
-def plan_ahead(problems: list[Problem], draw_samples, fill_norms, args) -> tuple:
-    """The E-step of --e-step-every above 1: (a table for all its steps, the pilot).
-
-    The pilot only informs: the table's counts are on top of it, and drawn by later policies.
-    """
-    pilot = draw_samples(problems, np.full(len(problems), args.pilot_samples), first_index=0)
-    fill_norms(pilot)
-    return plan_round(pilot, problems, np.zeros(len(problems), int), 1, args), pilot
+def e_step(problems: list[Problem], step: int, source: SampleSource, args) -> tuple:
+    """Algorithm 2 for one step: (the table, all samples, the pilot included)."""
+    table, samples = allocation_table(problems, step, source, args)
+    last = table["counts"] - table["num_drawn"]  # needs no norms: nothing is planned after it
+    return table, samples + source.draw(problems, last, step, first_index=table["num_drawn"])
 
 
 def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
@@ -155,47 +167,40 @@ def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
     return [problems[i] for i in order[position * m : (position + 1) * m]]
 
 
-def bind_draw_and_fill(policy: Policy, sampler, grader, step: int, args, stop=None) -> tuple:
-    """(draw_samples, fill_norms), as `e_step` wants them; the first raises Stopped after `stop`."""
-
-    def draw_samples(problems: list[Problem], counts, first_index=0) -> list[Sample]:
-        if stop is not None and stop.on_any_rank():
-            raise Stopped
-        return draw(sampler, grader, problems, counts, first_index=first_index,
-                    seed_key=(args.seed, TRAINING, step), temperature=args.temperature)
-
-    tokens = args.tokens_per_micro_batch
-    return draw_samples, partial(fill_logprobs, policy, max_tokens=tokens, with_norms=True)
+def plan_ahead(problems: list[Problem], step: int, source: SampleSource, args) -> tuple:
+    """One E-step for --e-step-every steps, beginning with this one: (plan, pilot)."""
+    last_step = step + args.e_step_every - 1
+    ahead = {}  # by id: a problem that comes twice, around the end of an epoch, has one pilot
+    for later in range(step, last_step + 1):
+        ahead |= {problem.id: problem for problem in problems_of_step(problems, later, args)}
+    table, pilot = allocation_table(list(ahead.values()), step, source, args)
+    columns = {name: column.tolist() for name, column in table.items()}  # ready for JSON
+    return {"last_step": last_step, "table": columns}, pilot
 
 
-def draw_by_plan(problems, batch: list[Problem], state, draw_samples, fill_norms, args) -> tuple:
+def draw_by_plan(problems, batch: list[Problem], step: int, state, source, args) -> tuple:
     """(table of the batch, samples, pilot): counts by state.plan, samples by today's policy."""
     ids, plan, pilot = [problem.id for problem in batch], state.plan, []
     # There is none yet, it has run out, or the run was resumed with other problems.
-    if not plan or state.step > plan["last_step"] or not set(ids) <= set(plan["table"]["id"]):
-        last_step = state.step + args.e_step_every - 1
-        ahead = {}  # by id: a problem that comes twice, around the end of an epoch, has one pilot
-        for step in range(state.step, last_step + 1):
-            ahead |= {problem.id: problem for problem in problems_of_step(problems, step, args)}
-        table, pilot = plan_ahead(list(ahead.values()), draw_samples, fill_norms, args)
-        columns = {name: column.tolist() for name, column in table.items()}  # ready for JSON
-        plan = state.plan = {"last_step": last_step, "table": columns}
+    if not plan or step > plan["last_step"] or not set(ids) <= set(plan["table"]["id"]):
+        plan, pilot = plan_ahead(problems, step, source, args)
     rows = [plan["table"]["id"].index(problem_id) for problem_id in ids]
     table = {name: np.array(column)[rows] for name, column in plan["table"].items()}
     # The pilot had the first indices: in its own step they would give the same text again.
-    return table, draw_samples(batch, table["counts"], first_index=table["num_drawn"]), pilot
+    samples = source.draw(batch, table["counts"], step, first_index=table["num_drawn"])
+    state.plan = plan  # not before: a step that is given up draws, and counts, its pilot again
+    return table, samples, pilot
 
 
-def draw_step(problems: list[Problem], state, *, policy, sampler, grader, stop, args) -> tuple:
-    """Draw the samples of state.step: (its problems, samples to train on, metrics)."""
-    batch, table, pilot = problems_of_step(problems, state.step, args), None, []
-    draw_samples, fill_norms = bind_draw_and_fill(policy, sampler, grader, state.step, args, stop)
+def draw_step(problems: list[Problem], step: int, state, source: SampleSource, args) -> tuple:
+    """Draw the samples of a step: (its problems, samples to train on, metrics)."""
+    batch, table, pilot = problems_of_step(problems, step, args), None, []
     if args.allocator == "uniform":
-        samples = draw_samples(batch, np.full(len(batch), args.samples_per_prompt))
+        samples = source.draw(batch, np.full(len(batch), args.samples_per_prompt), step)
     elif args.e_step_every == 1:
-        table, samples = e_step(batch, draw_samples, fill_norms, args)
+        table, samples = e_step(batch, step, source, args)
     else:
-        table, samples, pilot = draw_by_plan(problems, batch, state, draw_samples, fill_norms, args)
+        table, samples, pilot = draw_by_plan(problems, batch, step, state, source, args)
     metrics = describe(batch, samples, pilot)
     if table is not None:
         metrics |= describe_table(table, args)
@@ -203,10 +208,7 @@ def draw_step(problems: list[Problem], state, *, policy, sampler, grader, stop, 
 
 
 def describe(problems: list[Problem], samples: list[Sample], pilot: list[Sample]) -> dict:
-    """Metrics of a step: how many samples were drawn, how many right, and where they went.
-
-    samples: to train on; pilot: others, which are counted alike. There may be none in a step.
-    """
+    """Metrics of a step: what was drawn, a pilot that only informs included, and where it went."""
     drawn = samples + pilot
     metrics = {
         "samples": len(drawn),
@@ -215,26 +217,25 @@ def describe(problems: list[Problem], samples: list[Sample], pilot: list[Sample]
         "accept_rate": np.mean([sample.reward for sample in samples]) if samples else None,
         "truncated": np.mean([not sample.finished for sample in drawn]) if drawn else None,
     }
-    counts = Counter(sample.problem for sample in samples)
-    num_right = Counter(sample.problem for sample in samples if sample.reward > 0)
-    solved = {problem.id: num_right[problem.id] for problem in problems}
+    rewards = {problem.id: [] for problem in problems}
+    for sample in samples:
+        rewards[sample.problem].append(sample.reward)
     groups = {
-        "never": [i for i, right in solved.items() if right == 0],
-        "sometimes": [i for i, right in solved.items() if 0 < right < counts[i]],
-        "always": [i for i, right in solved.items() if 0 < right == counts[i]],
+        "never": [r for r in rewards.values() if not any(r)],
+        "sometimes": [r for r in rewards.values() if any(r) and not all(r)],
+        "always": [r for r in rewards.values() if any(r) and all(r)],
     }
-    for name, ids in groups.items():
-        metrics[f"prompts_{name}"] = len(ids) / len(problems)
-        metrics[f"budget_{name}"] = sum(counts[i] for i in ids) / max(len(samples), 1)
+    for name, group in groups.items():
+        metrics[f"prompts_{name}"] = len(group) / len(problems)
+        metrics[f"budget_{name}"] = sum(map(len, group)) / max(len(samples), 1)
     return metrics
 
 
 def describe_table(table: dict, args) -> dict:
     """Metrics of an allocation, by its own estimates, against uniform counts at the same cost.
 
-    predicted_variance: sum_i w_i^2 / n_i over uniform's; None if infinite, or if a rule's weights
-    are not sqrt(c_i). Optimistic: it believes the very samples that may mislead. Above 1 where a
-    pilot only informs, which costs as much and lowers nothing.
+    predicted_variance: sum_i w_i^2 / n_i over uniform's. Optimistic: it believes the very samples
+    that may mislead. None if infinite, or if the rule's weights are not known to be sqrt(c_i).
     """
     even = args.samples_per_prompt + (args.pilot_samples if args.e_step_every > 1 else 0)
     counts, lengths, moments = table["counts"], table["mean_length"], table["weights"] ** 2
@@ -263,10 +264,10 @@ def add_table_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv=None) -> None:
-    """Write one line per problem, p and the columns of e_step; print a summary."""
-    args = parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_budget_flags,
-                       add_table_flags)
-    device, out = join_ranks(), Path(args.out)
+    """Write one line per problem, p and the columns of the table; print a summary."""
+    args = run.parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_budget_flags,
+                           add_table_flags)
+    device, out = run.join_ranks(), Path(args.out)
 
     def set_up() -> tuple:
         if args.allocator == "uniform":
@@ -278,22 +279,20 @@ def main(argv=None) -> None:
         problems = load_prompts(args.data, args.split, tokenizer, args, args.limit)
         return model, tokenizer, problems, Policy(model, args.temperature)
 
-    model, tokenizer, problems, policy = on_every_rank(set_up)
-    on_rank0(out.parent.mkdir, 0o777, True, True)
-    on_rank0(out.touch, 0o666, False)  # claims the name: it must not exist
+    model, tokenizer, problems, policy = run.on_every_rank(set_up)
+    run.on_rank0(out.parent.mkdir, 0o777, True, True)
+    run.on_rank0(out.touch, 0o666, False)  # claims the name: it must not exist
     sampler = make_sampler(model, tokenizer, args)
     with Grader() as grader:
-        draw_samples, fill_norms = bind_draw_and_fill(policy, sampler, grader, step=1, args=args)
-        plan = partial(e_step, spend_all=False) if args.e_step_every == 1 else plan_ahead
-        table, _ = plan(problems, draw_samples, fill_norms, args)
+        source = SampleSource(policy, sampler, grader, args)
+        table, _ = allocation_table(problems, 1, source, args)
     counts, ratio = table["counts"], describe_table(table, args)["predicted_variance"]
     table["p"] = table["num_right"] / table["num_drawn"]
     rows = zip(*(column.tolist() for column in table.values()))
-    on_rank0(append_rows, out, [dict(zip(table, row)) for row in rows])
-    print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} per problem")
-    shown = "unknown" if ratio is None else f"{ratio:.3f}"
-    print0(f"predicted variance against uniform: {shown}")
+    run.on_rank0(run.append_rows, out, [dict(zip(table, row)) for row in rows])
+    run.print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} per problem")
+    run.print0(f"predicted variance against uniform: {ratio and round(ratio, 3)}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run.run_script(main)

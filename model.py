@@ -48,8 +48,7 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
-        )
+            source, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # there is no list of what a broken folder can raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         known = "" if Path(source).is_dir() else "no such folder, nor a model of the hub; "
@@ -57,10 +56,8 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
     _check_weights(source, model, report)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and args.max_prompt_tokens + args.max_response_tokens > context:
-        raise InputError(
-            "--max-prompt-tokens + --max-response-tokens is above the model's context "
-            f"of {context} tokens"
-        )
+        raise InputError("--max-prompt-tokens + --max-response-tokens is above the model's "
+                         f"context of {context} tokens; lower one of them")
     end_ids = model.generation_config.eos_token_id  # an int, a list or None
     end_ids = set(end_ids if isinstance(end_ids, list) else [end_ids])
     end_ids = (end_ids | {tokenizer.eos_token_id}) - {None}
@@ -70,8 +67,7 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
     # Published generation settings may hold top-k or penalties: drop them. Samples must come
     # from the distribution that is trained.
     model.generation_config = GenerationConfig(
-        eos_token_id=sorted(end_ids), pad_token_id=tokenizer.pad_token_id
-    )
+        eos_token_id=sorted(end_ids), pad_token_id=tokenizer.pad_token_id)
     return model.to(device), tokenizer
 
 
@@ -132,8 +128,7 @@ class Policy(nn.Module):
         """
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
             output = self.model.base_model(
-                input_ids, attention_mask=attention_mask, use_cache=False
-            )
+                input_ids, attention_mask=attention_mask, use_cache=False)
             is_target = response_mask[:, 1:]  # (batch, time - 1): position t predicts t + 1
             hidden = output.last_hidden_state[:, :-1][is_target]  # (tokens, hidden)
             targets = input_ids[:, 1:][is_target]  # (tokens,)
@@ -196,9 +191,9 @@ def _check_head(model) -> None:
 
 def distribute(policy: Policy) -> DistributedDataParallel:
     """The policy for training: its backward pass averages the gradients over ranks."""
-    wrapped = DistributedDataParallel(policy, gradient_as_bucket_view=True)
-    wrapped.broadcast_buffers = False  # they are constants: nothing to send in every forward pass
-    return wrapped
+    # Its buffers are constants: there is nothing to send in every forward pass.
+    return DistributedDataParallel(
+        policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
@@ -231,9 +226,12 @@ WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
 def save_checkpoint(out: Path, state: RunState, model, optimizer, tokenizer, keep: int) -> None:
     """Write OUT/checkpoints/step-N, a folder for from_pretrained; keep the newest `keep`.
 
-    It is written beside and renamed, so it is there whole or not at all, and holds a digest of
-    each file. Called on all ranks.
+    Not if it is there already, nor after an update that was not finite. It is written beside and
+    renamed, so it is there whole or not at all. It holds a digest of each file. Call on all ranks.
     """
+    if state.saved == state.step or state.not_finite > 0:
+        return
+    state.saved = state.step
     weights, moments = state_dicts.get_model_state_dict(model, options=WHOLE), None
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     weights = {name: weights[name] for name in names & weights.keys()}  # a tied head only once

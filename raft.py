@@ -5,16 +5,16 @@
     torchrun raft.py --resume                             # go on after an interruption
     torchrun --nproc-per-node 8 raft.py ...               # the paper's run: see README.md
 
-One step, and where it lies:
-    gvm.draw_step        the E-step: samples drawn where they help, and graded
-    split_updates        an advantage and a loss weight for each sample
-    model.fill_logprobs  its log-probs before the step's first update
-    update               an optimizer step on sum_j w_j sum_t loss_jt, samples j, tokens t;
-                         neither micro-batches nor ranks change its gradient
+One step, as `train` calls it:
+    draw_step    the E-step, in gvm.py: samples are drawn where they help, and graded
+    train_step   the M-step: advantages, loss weights, old log-probs; then a few times `update`,
+                 an optimizer step on sum_j w_j sum_t loss_jt, over samples j and tokens t
 """
 
 import argparse
 from collections import Counter
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from tqdm import tqdm
 import run
 from data import BENCHMARKS, Grader, InputError, Problem, RunError, Sample
 from eval import add_report_flags, evaluate
-from gvm import add_budget_flags, check_budget, draw_step, sampler_gap
+from gvm import SampleSource, add_budget_flags, check_budget, draw_step, sampler_gap
 from model import Policy, add_model_flags, distribute, load_model, load_optimizer, micro_batches
 from model import newest_checkpoint, save_checkpoint
 from run import non_negative, number, positive_int
@@ -129,9 +129,9 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
         weights = loss_weights(part, used, len(ids), args.weighting)
         for sample, advantage, weight in zip(part, advantages, weights):
             sample.advantage, sample.loss_weight = advantage, weight
-        # Without an advantage the loss has no gradient, but the KL has.
-        has_gradient = [s.advantage != 0 or args.kl_coef > 0 for s in part]
-        updates.append([s for s, has in zip(part, has_gradient) if has and s.loss_weight > 0])
+        if args.kl_coef == 0:  # without an advantage the loss has no gradient; the KL has one
+            part = [sample for sample in part if sample.advantage != 0]
+        updates.append([sample for sample in part if sample.loss_weight > 0])
     return updates
 
 
@@ -158,43 +158,53 @@ def micro_batch_loss(ddp_policy, batch: list[Sample], args) -> tuple:
     return (weights * (losses + args.kl_coef * kl)).sum(), clipped.sum(), kl.sum()
 
 
+def micro_batches_here(ddp_policy, samples: list[Sample], max_tokens: int):
+    """This rank's micro-batches of an update: yields (batch, scale), the scale of its loss.
+
+    DDP takes the mean over ranks, the loss weights want the sum: the scale is the number of
+    ranks. A rank that has no samples left runs the shortest one, scaled by 0: DDP waits for all.
+    """
+    ranks, lengths = dist.get_world_size(), [sample.total_tokens for sample in samples]
+    batches = micro_batches(lengths, ranks, max_tokens)[dist.get_rank()]
+    for i, indices in enumerate(batches):
+        ddp_policy.require_backward_grad_sync = i + 1 == len(batches)  # ranks talk once an update
+        if indices:
+            yield [samples[j] for j in indices], ranks
+        else:
+            yield [samples[np.argmin(lengths)]], 0
+
+
 def update(ddp_policy, optimizer, samples: list[Sample], args) -> dict:
     """One optimizer step on the samples of an update; returns what is summed over updates."""
     if not samples:
         return {"updates_empty": 1}  # on a gradient of 0 AdamW would still move
     num_tokens = sum(len(sample.response_ids) for sample in samples)
     totals = torch.zeros(3, dtype=torch.float64)  # loss, share of clipped tokens, mean KL
-    ranks, total_lengths = dist.get_world_size(), [sample.total_tokens for sample in samples]
-    batches = micro_batches(total_lengths, ranks, args.tokens_per_micro_batch)[dist.get_rank()]
     ddp_policy.train()
     optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets: keep them
-    for i, indices in enumerate(batches):
-        ddp_policy.require_backward_grad_sync = i + 1 == len(batches)  # ranks talk once an update
-        # A rank that has no samples left runs the shortest one, times 0: DDP waits for all ranks.
-        batch = [samples[j] for j in indices or [np.argmin(total_lengths)]]
+    for batch, scale in micro_batches_here(ddp_policy, samples, args.tokens_per_micro_batch):
         loss, clipped, kl = micro_batch_loss(ddp_policy, batch, args)
-        terms = torch.stack([loss, clipped / num_tokens, kl / num_tokens])
-        terms = terms if indices else 0 * terms
-        (ranks * terms[0]).backward()  # DDP takes the mean over ranks, the weights want the sum
-        totals += terms.detach().cpu()
+        (scale * loss).backward()
+        terms = torch.stack([loss, clipped / num_tokens, kl / num_tokens]).detach()
+        totals += scale * terms.cpu()
     dist.all_reduce(totals)
     norm = torch.nn.utils.clip_grad_norm_(ddp_policy.parameters(), args.grad_clip)
     if not torch.isfinite(norm):
         return {"updates_not_finite": 1}
     optimizer.step()
-    loss, share, kl = totals.tolist()
+    loss, share, kl = (totals / dist.get_world_size()).tolist()
     return {"updates": 1, "loss": loss, "clip_fraction": share, "kl": kl, "grad_norm": norm.item()}
 
 
-def train_step(policy, ddp_policy, reference, optimizer, *, problems, samples, stop, args) -> dict:
+def train_step(ddp_policy, optimizer, reference, *, problems, samples, stop, args) -> dict:
     """The M-step: log-probs of the step's samples, then updates; returns metrics for the log."""
-    updates = split_updates(problems, samples, args)
+    updates, max_tokens = split_updates(problems, samples, args), args.tokens_per_micro_batch
     trained = sum(updates, [])
     # All updates of a step share one old policy, the one before them.
     missing = [sample for sample in trained if sample.old_logprobs is None]
-    fill_logprobs(policy, missing, args.tokens_per_micro_batch)
+    fill_logprobs(ddp_policy.module, missing, max_tokens)
     if reference is not None:
-        fill_logprobs(reference, trained, args.tokens_per_micro_batch, into="ref_logprobs")
+        fill_logprobs(reference, trained, max_tokens, into="ref_logprobs")
     sums = Counter()  # a name that is missing counts 0
     for i, part in enumerate(updates):
         if i > 0 and stop.on_any_rank():
@@ -205,13 +215,14 @@ def train_step(policy, ddp_policy, reference, optimizer, *, problems, samples, s
     return dict(sums) | sampler_gap(trained)
 
 
+# --- a run -----------------------------------------------------------------------------------
 def watch(state: run.RunState, metrics: dict) -> None:
     """Notice a run that has diverged; RunError after ten updates in a row that were not finite."""
     state.not_finite = 0 if metrics.get("updates") else state.not_finite
     state.not_finite += metrics.get("updates_not_finite", 0)
     if state.not_finite >= 10:
         raise RunError("ten updates in a row were not finite: the run has diverged; --resume it "
-                       "from its last checkpoint with a lower --lr")
+                       "with a lower --lr")
     if metrics.get("accept_rate"):
         state.last_solved = state.step
     if state.last_solved and state.step == state.last_solved + 10:
@@ -219,20 +230,20 @@ def watch(state: run.RunState, metrics: dict) -> None:
                    f"go on from a checkpoint before step {state.last_solved}, with a lower --lr")
 
 
-def set_up(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
-    """What a rank loads by itself: policy, tokenizer, problems, those to evaluate, reference."""
+def load(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
+    """What a rank loads by itself: policy, reference, tokenizer, problems, those to evaluate."""
     check_budget(args, args.objective)
     if args.data in BENCHMARKS:
         raise InputError(f"--data {args.data}: is there to evaluate; name a hub data set to train")
     model, tokenizer = load_model(args, device, checkpoint)
+    policy = Policy(model, args.temperature, args.gradient_checkpointing)
+    reference = Policy(load_model(args, device)[0], args.temperature) if args.kl_coef > 0 else None
     problems = load_prompts(args.data, args.split, tokenizer, args)
     eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args)
     if not args.updates_per_step <= args.prompts_per_step <= len(problems):
         raise InputError("--prompts-per-step must lie between --updates-per-step and the number "
                          f"of problems, {len(problems)}")
-    policy = Policy(model, args.temperature, args.gradient_checkpointing)
-    reference = Policy(load_model(args, device)[0], args.temperature) if args.kl_coef > 0 else None
-    return policy, tokenizer, problems, eval_problems, reference
+    return policy, reference, tokenizer, problems, eval_problems
 
 
 def train(args: argparse.Namespace) -> None:
@@ -244,46 +255,38 @@ def train(args: argparse.Namespace) -> None:
     if state.step >= args.steps:
         run.print0(f"{out}: is at step {state.step} of --steps {args.steps}; nothing is left to do")
         return
-    policy, tokenizer, problems, eval_problems, reference = run.on_every_rank(
-        set_up, args, device, checkpoint)
+    policy, reference, tokenizer, problems, eval_problems = run.on_every_rank(
+        load, args, device, checkpoint)
     compare_problems(state, {args.data: problems, args.eval_data: eval_problems})
-    model, ddp_policy = policy.model, distribute(policy)
+    ddp_policy = distribute(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=args.weight_decay)
     if checkpoint:
-        load_optimizer(checkpoint, model, optimizer)
-
-    def save():
-        if state.not_finite == 0:  # or it would replace a good one
-            save_checkpoint(out, state, model, optimizer, tokenizer, args.keep)
+        load_optimizer(checkpoint, policy.model, optimizer)
+    save = partial(save_checkpoint, out, state, policy.model, optimizer, tokenizer, args.keep)
 
     with lock, Grader() as grader:
-        sampler = make_sampler(model, tokenizer, args)
+        sampler = make_sampler(policy.model, tokenizer, args)
+        source = SampleSource(policy, sampler, grader, args, stop)
         run.on_rank0(run.start_log, out, args, state.log_bytes)
-        for step in tqdm(range(state.step + 1, args.steps + 1), disable=dist.get_rank() > 0):
-            state.step, metrics = step, {}
-            if step > 0:  # step 0 is the evaluation before training
-                try:
+        with suppress(run.Stopped):  # from draw_step, after a signal: the step is given up
+            for step in tqdm(range(state.step + 1, args.steps + 1), disable=dist.get_rank() > 0):
+                metrics = {}
+                if step > 0:  # step 0 is the evaluation before training
                     with state.timer("sample"):  # the E-step
-                        batch, samples, metrics = draw_step(
-                            problems, state, policy=policy, sampler=sampler, grader=grader,
-                            stop=stop, args=args)
-                except run.Stopped:  # nothing was trained on yet: the step is given up
-                    state.step -= 1
+                        batch, samples, metrics = draw_step(problems, step, state, source, args)
+                    with state.timer("train"):  # the M-step
+                        metrics |= train_step(ddp_policy, optimizer, reference, problems=batch,
+                                              samples=samples, stop=stop, args=args)
+                state.step = step
+                is_due = step % args.eval_every == 0 or step == args.steps
+                if is_due and not stop.on_any_rank():
+                    with state.timer("eval"):
+                        metrics |= evaluate(sampler, grader, eval_problems, args)
+                run.on_rank0(run.write_log, out, state, metrics)
+                run.on_every_rank(watch, state, metrics)
+                if step > 0 and step % args.save_every == 0:
                     save()
-                    break
-                with state.timer("train"):  # the M-step
-                    metrics |= train_step(policy, ddp_policy, reference, optimizer, problems=batch,
-                                          samples=samples, stop=stop, args=args)
-            stopping = stop.on_any_rank()
-            if not stopping and (step in (0, args.steps) or step % args.eval_every == 0):
-                with state.timer("eval"):
-                    metrics |= evaluate(sampler, grader, eval_problems, args)
-            run.on_rank0(run.write_log, out, state, metrics)
-            run.on_every_rank(watch, state, metrics)
-            if stopping or step == args.steps or (step > 0 and step % args.save_every == 0):
-                save()
-            if stopping:
-                break
+        save()  # the last step, or the last before a signal
     run.print0(f"saved in {out}/checkpoints")
 
 

@@ -128,8 +128,7 @@ def gather(items: list) -> list:
 def on_every_rank(function, *arguments):
     """Call a function that waits for no other rank, and return its result.
 
-    If it fails on one rank all end, so that none waits for one that has ended. What several
-    ranks have to say is said by the first of them.
+    If it fails on one rank, all end. What several ranks have to say is said by the first.
     """
     result, error = None, None
     try:
@@ -180,6 +179,7 @@ class StopSignal:
 # What the log counts from the start of the run; all other metrics are of one step.
 TOTALS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures")
 PHASES = ("sample", "train", "eval")  # what its seconds are for
+SHOWN = "step samples accept_rate predicted_variance loss eval_accuracy seconds".split()
 
 
 @dataclass
@@ -189,6 +189,7 @@ class RunState:
     step: int = -1  # the last one that was finished; 0 is the evaluation before training
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    saved: int = -1  # the step of the newest checkpoint
     plan: dict | None = None  # of the E-step, where one serves several steps
     problems: dict[str, str] = field(default_factory=dict)  # by name of the data: their digest
     last_solved: int = 0  # the last step that had a right sample
@@ -276,8 +277,7 @@ def write_log(out: Path, state: RunState, metrics: dict) -> None:
         if value is not None and not math.isfinite(value):
             line[name] = None  # JSON has no NaN
     state.log_bytes = append_rows(out / "log.jsonl", [line])
-    shown = ("step", "samples", "accept_rate", "predicted_variance", "loss", "eval_accuracy")
-    known = [name for name in (*shown, "seconds") if line.get(name) is not None]
+    known = [name for name in SHOWN if line.get(name) is not None]
     print0("  ".join(f"{name} {line[name]:.4g}" for name in known))
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm  # noqa: E402
 import grpo  # noqa: E402, F401 (adds its objective)
 from allocator import allocate  # noqa: E402
 from data import Grader, Sample  # noqa: E402
-from gvm import allocation_weights, e_step, estimate, problems_of_step  # noqa: E402
+from gvm import SampleSource, allocation_weights, e_step, estimate, problems_of_step  # noqa: E402
 from model import Policy, load_model  # noqa: E402
 from raft import OBJECTIVES, loss_weights  # noqa: E402
 from run import join_ranks  # noqa: E402
@@ -121,17 +121,20 @@ def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.n
     args = flags(*ESTIMATORS[estimator], *RULES[rule], *sys.argv[1:])
     problems, generator = [pool.problems[i] for i in chosen], np.random.default_rng(1)
 
-    def draw_samples(_, counts, first_index=0) -> list[Sample]:
-        places = [generator.choice(pool.places[i], count) for i, count in zip(chosen, counts)]
-        return [pool.samples[place] for place in np.concatenate(places)]
+    class FromPool(SampleSource):
+        def draw(self, _, counts, step, first_index=0, with_norms=False) -> list[Sample]:
+            places = [generator.choice(pool.places[i], count) for i, count in zip(chosen, counts)]
+            return [pool.samples[place] for place in np.concatenate(places)]
+
+    source = FromPool(None, None, None, args)
 
     fixed = known_counts(pool, chosen, args) if rule == "oracle" else np.full(len(chosen), args.samples_per_prompt)
     found = np.zeros((ESTIMATES, SKETCH))
     for row in found:
         if rule in ("uniform", "oracle"):
-            samples = draw_samples(problems, fixed)
+            samples = source.draw(problems, fixed, step=1)
         else:
-            _, samples = e_step(problems, draw_samples, lambda unscored: None, args)
+            _, samples = e_step(problems, 1, source, args)
         advantages, used = OBJECTIVES[args.objective](samples, args)
         weights = loss_weights(samples, used, len(problems), args.weighting)
         mean_length = np.mean([len(sample.response_ids) for sample in samples])  # a common scale: taken out again

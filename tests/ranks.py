@@ -37,7 +37,7 @@ def one_update(samples: list, args) -> dict:
     with torch.no_grad():  # and away from the reference
         reference.model.get_output_embeddings().weight.mul_(0.9)
     problems = [Problem(i, "", "") for i in range(7)]
-    metrics = train_step(policy, ddp_policy, reference, optimizer, problems=problems, samples=samples,
+    metrics = train_step(ddp_policy, optimizer, reference, problems=problems, samples=samples,
                          stop=StopSignal(), args=args)
     tensors = {f"gradient {name}": p.grad.clone() for name, p in policy.named_parameters()}
     return tensors | {name: p.detach().clone() for name, p in policy.named_parameters()} | metrics

@@ -153,21 +153,23 @@ def straight(tmp_path_factory, device):
     return out
 
 
+class StopAt:
+    """A signal that comes before a check."""
+
+    def __init__(self, check: int):
+        self.left = check
+
+    def on_any_rank(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
 @pytest.mark.parametrize("check", range(1, 11))
 def test_a_stop_at_any_check_is_saved_and_resumed(straight, tmp_path, monkeypatch, check):
-    """Step 0 has one check. Others have six: before the pilot, three rounds and the second update, and at the end."""
-
-    class StopAt:
-        def __init__(self):
-            self.left = check
-
-        def on_any_rank(self) -> bool:
-            self.left -= 1
-            return self.left <= 0
-
+    """Step 0 has one check. Others have five or six: before the pilot, three rounds, the second update, an evaluation."""
     words = [*QUICK, "--steps", "2", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patched:
-        patched.setattr(run, "StopSignal", StopAt)
+        patched.setattr(run, "StopSignal", lambda: StopAt(check))
         raft.main(words)
     path, state = newest_checkpoint(tmp_path / "run")
     assert path is not None and len(read_log(tmp_path / "run")) == state.step + 1
@@ -177,6 +179,26 @@ def test_a_stop_at_any_check_is_saved_and_resumed(straight, tmp_path, monkeypatc
     if log[-1]["updates"] == expected[-1]["updates"]:  # no update was left out: equal to the last bit
         ends, whole = parameters(tmp_path / "run", 2), parameters(straight, 2)
         assert all(torch.equal(ends[name], whole[name]) for name in whole)
+
+
+def test_a_pilot_for_several_steps_is_counted_when_its_step_is_given_up(device, tmp_path, monkeypatch):
+    """The third check comes after the pilot, and before the step's own samples."""
+    words, logs = [*QUICK, "--e-step-every", "2", "--rounds", "1", "--steps", "2"], []
+    for name, check in (("straight", 1000), ("stopped", 3)):
+        with monkeypatch.context() as patched:
+            patched.setattr(run, "StopSignal", lambda: StopAt(check))
+            raft.main([*words, "--out", str(tmp_path / name)])
+    assert newest_checkpoint(tmp_path / "stopped")[1].step == 0
+    saved = tmp_path / "stopped" / "checkpoints" / "step-000000" / "state.json"
+    before = saved.stat().st_mtime_ns
+    with monkeypatch.context() as patched:  # stopped again, before the pilot: nothing new is there to be saved
+        patched.setattr(run, "StopSignal", lambda: StopAt(1))
+        raft.main([*words, "--out", str(tmp_path / "stopped"), "--resume"])
+    assert saved.stat().st_mtime_ns == before
+    raft.main([*words, "--out", str(tmp_path / "stopped"), "--resume"])
+    for name in ("straight", "stopped"):
+        logs.append([(line["step"], line["samples"], line["tokens"]) for line in read_log(tmp_path / name)])
+    assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

@@ -65,7 +65,7 @@ def test_the_gradient_is_that_of_a_plain_loop(device, model_and_tokenizer):
     samples = [make_sample(s.problem, s.reward, tokenizer.encode(text)) for s, text in zip(SAMPLES, texts)]
     problems, args = [Problem(i, "", "") for i in range(3)], flags(*GRPO, "--updates-per-step", 1, "--grad-clip", 1e9)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    metrics = train_step(policy, distribute(policy), None, optimizer, problems=problems, samples=samples, stop=STOP, args=args)
+    metrics = train_step(distribute(policy), optimizer, None, problems=problems, samples=samples, stop=STOP, args=args)
     found = torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
     length = np.mean([len(s.response_ids) for s in samples])
@@ -88,7 +88,7 @@ def test_without_advantages_only_the_kl_trains(device, model_and_tokenizer):
         args = flags(*GRPO, "--updates-per-step", 1, "--kl-coef", kl_coef)
         before = policy.model.get_output_embeddings().weight.clone()
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-        metrics = train_step(policy, distribute(policy), reference if kl_coef else None, optimizer,
+        metrics = train_step(distribute(policy), optimizer, reference if kl_coef else None,
                              problems=problems, samples=equal, stop=STOP, args=args)
         assert (metrics.get("updates", 0), metrics.get("updates_empty", 0)) == (updates, 1 - updates)
         assert torch.equal(policy.model.get_output_embeddings().weight, before) == (updates == 0)

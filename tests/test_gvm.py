@@ -8,7 +8,9 @@ from conftest import flags, make_sample, run_script
 
 from allocator import allocate, gvm_weights, posterior_weights, reward_weights
 from data import InputError, Problem
-from gvm import bind_draw_and_fill, check_budget, describe_table, draw_step, e_step, estimate, problems_of_step
+from gvm import (
+    SampleSource, allocation_table, check_budget, describe_table, draw_step, e_step, estimate, problems_of_step,
+)
 from model import Policy
 from run import RunState
 from sampler import HfSampler
@@ -61,7 +63,7 @@ def rms(values) -> float:
 ])
 def test_e_step_estimates_p_and_g_and_spends_the_budget(tools, problems, words):
     args = flags("--pilot-samples", 4, "--samples-per-prompt", 6, *words)
-    table, everything = e_step(problems[:16], *bind_draw_and_fill(*tools, 1, args), args)
+    table, everything = e_step(problems[:16], 1, SampleSource(*tools, args), args)
     samples = [s for s in everything if s.old_logprobs is not None]  # the last round has told nothing
     assert len({(s.problem, s.index) for s in everything}) == len(everything) == 96
     assert len(samples) == 64 + 16 * (args.rounds - 1)
@@ -85,19 +87,21 @@ def test_e_step_estimates_p_and_g_and_spends_the_budget(tools, problems, words):
 
 def test_rounds_each_take_an_equal_part_and_learn_from_the_last(problems):
     """Problem i is right with probability i / 8, drawn from a table instead of a model."""
-    luck, requests, scored = np.random.default_rng(0).random((9, 500)), [], []
+    luck, requests, with_norms = np.random.default_rng(0).random((9, 500)), [], []
     args = flags("--pilot-samples", 1, "--samples-per-prompt", 9, "--rounds", 4)
 
-    def draw_samples(_, counts, first_index):
-        requests.append(counts)
-        starts = np.broadcast_to(first_index, 9)
-        return [make_sample(problems[i].id, float(luck[i, j] < i / 8), [1] * (i + 1), head_grad_norm=1.0 + i)
-                for i in range(9) for j in range(starts[i], starts[i] + counts[i])]
+    class Table(SampleSource):
+        def draw(self, _, counts, step, first_index=0, **options):
+            requests.append(counts)
+            with_norms.append(options)
+            starts = np.broadcast_to(first_index, 9)
+            return [make_sample(problems[i].id, float(luck[i, j] < i / 8), [1] * (i + 1), head_grad_norm=1.0 + i)
+                    for i in range(9) for j in range(starts[i], starts[i] + counts[i])]
 
-    table, samples = e_step(problems[:9], draw_samples, scored.append, args)
+    table, samples = e_step(problems[:9], 1, Table(None, None, None, args), args)
     assert [counts.sum() for counts in requests] == [9, 18, 18, 18, 18] and table["counts"].sum() == 81
     assert (table["num_drawn"] == sum(requests[:-1])).all() and len(samples) == 81
-    assert (table["counts"] == sum(requests)).all() and len(scored) == 4
+    assert (table["counts"] == sum(requests)).all() and with_norms == [{"with_norms": True}] * 4 + [{}]
     weights = posterior_weights(lambda p, right, wrong: gvm_weights(p, right, args.alpha, args.beta), table["num_right"],
                                 table["num_drawn"], table["norm_right"], table["norm_wrong"])
     assert table["weights"] == pytest.approx(weights)
@@ -107,18 +111,16 @@ def test_a_budget_of_tokens_is_what_uniform_would_spend(tools, problems):
     words = ["--cost", "tokens", "--pilot-samples", 4, "--rounds", 2]
     for reuse in ([], ["--e-step-every", 2, "--rounds", 1]):
         args = flags(*words, *reuse)
-        table, _ = e_step(problems[:16], *bind_draw_and_fill(*tools, 1, args), args)
+        table, _ = allocation_table(problems[:16], 1, SampleSource(*tools, args), args)
         budget, spent = 8 * table["mean_length"].sum(), table["mean_length"] @ table["counts"]
         assert budget - table["mean_length"].max() < spent <= budget and table["mean_length"].max() > table["mean_length"].min() + 1
 
 
 def run_steps(tools, problems, words, steps):
-    policy, sampler, grader = tools
     args, state, results = flags("--prompts-per-step", 8, *words), RunState(), []
-    for state.step in range(1, steps + 1):
-        batch, samples, metrics = draw_step(
-            problems, state, policy=policy, sampler=sampler, grader=grader, stop=None, args=args)
-        assert batch == problems_of_step(problems, state.step, args)
+    for step in range(1, steps + 1):
+        batch, samples, metrics = draw_step(problems, step, state, SampleSource(*tools, args), args)
+        assert batch == problems_of_step(problems, step, args)
         state.plan = json.loads(json.dumps(state.plan))  # as through a checkpoint
         assert len({(s.problem, s.index) for s in samples}) == len(samples)
         results.append((samples, metrics, state.plan))
@@ -156,17 +158,16 @@ def test_a_plan_allocates_over_its_steps_and_counts_its_pilot(tools, problems):
 def test_a_plan_of_other_problems_is_made_anew(tools, problems):
     words = ["--prompts-per-step", 8, "--e-step-every", 3, "--rounds", 1]
     (_, _, plan), = run_steps(tools, problems, words, 1)
-    policy, sampler, grader = tools
     for changed, others in (([], problems[::-1]), (["--seed", 1], problems), (["--prompts-per-step", 16], problems)):
-        args, state = flags(*words, *changed), RunState(step=2, plan=plan)
-        batch, samples, _ = draw_step(others, state, policy=policy, sampler=sampler, grader=grader, stop=None, args=args)
+        args, state = flags(*words, *changed), RunState(step=1, plan=plan)
+        batch, samples, _ = draw_step(others, 2, state, SampleSource(*tools, args), args)
         other = state.plan
         assert other["last_step"] == 4 and {p.id for p in batch} <= set(other["table"]["id"]) and samples
 
 
 def test_the_last_round_may_be_left_undrawn(tools, problems):
     args = flags("--pilot-samples", 2, "--samples-per-prompt", 8, "--rounds", 3)
-    table, samples = e_step(problems[:16], *bind_draw_and_fill(*tools, 1, args), args, spend_all=False)
+    table, samples = allocation_table(problems[:16], 1, SampleSource(*tools, args), args)
     assert table["counts"].sum() == 128 and len(samples) == table["num_drawn"].sum() == 32 + 2 * 32
 
 

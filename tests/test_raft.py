@@ -139,7 +139,7 @@ def unchanged(policy, before) -> bool:
 def test_a_step_without_right_samples_changes_nothing(small):
     policy, ddp_policy, optimizer, before = small
     wrong, problems = [make_sample(i, 0.0, [9, 9]) for i in range(2)], [Problem(i, "", "") for i in range(2)]
-    metrics = train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=wrong, stop=STOP, args=flags())
+    metrics = train_step(ddp_policy, optimizer, None, problems=problems, samples=wrong, stop=STOP, args=flags())
     assert (metrics.get("updates", 0), metrics["updates_empty"], metrics["loss"]) == (0, 2, None)
     assert unchanged(policy, before)
 
@@ -170,7 +170,7 @@ def test_all_updates_of_a_step_share_the_policy_from_before_it(small):
     problems, samples = [Problem(i, "", "") for i in range(3)], [make_sample(i, 1.0, [9, 8, 7]) for i in range(3)]
     expected = policy(**collate(samples, torch.device("cpu")))[0].detach().split(3)
     args = flags("--updates-per-step", 3)
-    metrics = train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=samples, stop=STOP, args=args)
+    metrics = train_step(ddp_policy, optimizer, None, problems=problems, samples=samples, stop=STOP, args=args)
     assert metrics["updates"] == 3 and not unchanged(policy, before)
     for sample, logprobs in zip(samples, expected):
         assert sample.old_logprobs == pytest.approx(logprobs.numpy(), abs=1e-5)
@@ -186,7 +186,7 @@ def test_truncated_importance_weights_by_hand(small, loss, cap):
                for i, (ratio, o) in enumerate(zip(ratios, old))]
     args = flags("--updates-per-step", 1, "--loss", loss, *(["--truncated-is", cap] if cap else []))
     problems = [Problem(i, "", "") for i in range(2)]
-    metrics = train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=samples, stop=STOP, args=args)
+    metrics = train_step(ddp_policy, optimizer, None, problems=problems, samples=samples, stop=STOP, args=args)
     gaps = np.abs(np.log(np.concatenate(ratios)))
     assert metrics["sampler_gap"] == pytest.approx(gaps.mean())
     assert metrics["sampler_gap_max"] == pytest.approx(gaps.max())

@@ -46,7 +46,7 @@ def main() -> None:
             return [s.response_ids.tolist() for s in drawn]
 
         def train(samples: list) -> None:
-            train_step(policy, ddp_policy, None, optimizer, problems=problems, samples=samples,
+            train_step(ddp_policy, optimizer, None, problems=problems, samples=samples,
                        stop=StopSignal(), args=args)
 
         first = sample(problems, [4, 0, 1, 5, 2, 1, 2, 5, 2], 1)  # two ranks cut them in the middle of a problem
