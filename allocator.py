@@ -113,7 +113,7 @@ def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.
 
     # 1. Likelihood on a grid that is even in the log-odds ln p/q, q = 1 - p:
     #    P(counts_i | p) ~ p^right q^wrong.
-    log_odds = np.linspace(-12, 12, 97)
+    log_odds = np.linspace(-12, 12, 97)  # p from 6e-6 to 1 - 6e-6: beyond what samples can tell
     log_p = -np.logaddexp(0, -log_odds)  # (grid,)
     log_q = -np.logaddexp(0, log_odds)  # (grid,)
     log_likelihood = np.outer(num_right, log_p) + np.outer(num_wrong, log_q)  # (prompts, grid)
@@ -122,11 +122,13 @@ def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.
 
     # 2. Prior: Beta(a, b), averaged over a and b by how well they explain all counts:
     #    P(p) = sum_ab Beta(p | a, b) prod_i P(counts_i | a, b). Per log-odds it is p^a q^b.
-    a, b = np.meshgrid(np.geomspace(0.05, 20, 16), np.geomspace(0.05, 20, 16))
-    shapes = np.exp(np.outer(a, log_p) + np.outer(b, log_q))  # (256, grid)
-    shapes /= shapes.sum(axis=1, keepdims=True)
-    log_evidence = np.log(shapes @ likelihood.T).sum(axis=1)  # (256,)
-    prior = np.exp(log_evidence - log_evidence.max()) @ shapes  # (grid,)
+    #    Small a and b: nearly all prompts are hopeless or mastered; large ones: all are alike.
+    shapes_tried = np.geomspace(0.05, 20, 16)
+    a, b = np.meshgrid(shapes_tried, shapes_tried)  # (16, 16) each
+    priors = np.exp(np.outer(a, log_p) + np.outer(b, log_q))  # (256, grid), one for each a, b
+    priors /= priors.sum(axis=1, keepdims=True)
+    log_evidence = np.log(priors @ likelihood.T).sum(axis=1)  # (256,)
+    prior = np.exp(log_evidence - log_evidence.max()) @ priors  # (grid,)
 
     # 3. Expectation over the posterior: E[w_i^2] = sum_p P(p | counts_i) w_i(p)^2.
     posterior = prior * likelihood  # (prompts, grid)
