@@ -1,7 +1,7 @@
 """Which one-line errors do the tests not notice? Breaks copies of the repository, and prints the breaks that survive.
 
-    python tests/mutants.py --count 40                                             # the fast tests; half an hour
-    python tests/mutants.py --count 5 --modules model --tests tests/test_model.py  # other modules, other tests
+    python tests/mutants.py                                                        # 100 of all modules; two hours
+    python tests/mutants.py --count 5 --modules model --tests tests/test_model.py  # fewer modules, other tests
 
 A mutant is one change to one module: a comparison turned into another, a number one larger, a condition negated, or a
 statement dropped. They are drawn by --seed from all that the modules have. A survivor is a line that needs a test, or a
@@ -21,6 +21,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 ORDER = ["allocator", "data", "run", "model", "sampler", "eval", "gvm", "raft", "grpo"]  # imports run one way
@@ -58,9 +60,14 @@ def mutants_of(text: bytes) -> list[tuple[int, int, bytes]]:
 
 
 def default_tests(module: str) -> list[str]:
-    """pytest's arguments: the fast tests of a module, and of the modules that may import it."""
-    names = [name for name in ORDER[ORDER.index(module) :] if (ROOT / "tests" / f"test_{name}.py").exists()]
-    files = [f"tests/test_{name}.py" for name in names]
+    """pytest's arguments: the fast tests of a module, of those that import it, directly or not, and of faults."""
+    importers = [module]
+    for name in ORDER[ORDER.index(module) + 1 :]:
+        lines = (ROOT / f"{name}.py").read_text().splitlines()
+        if any(line.startswith((f"import {one}", f"from {one} ")) for one in importers for line in lines):
+            importers.append(name)
+    files = [f"tests/test_{name}.py" for name in importers] + ["tests/test_faults.py"]
+    files += ["tests/test_answers.py"] if module == "data" else []
     return [*files, "-k", " and ".join(f"not ({part})" for part in SLOW)]
 
 
@@ -95,11 +102,11 @@ def try_mutant(mutant: tuple | None, args: argparse.Namespace) -> str | None:
 def main() -> None:
     """Draw mutants, try them, print those that survive."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=40, help="mutants to try")
+    parser.add_argument("--count", type=int, default=100, help="mutants to try")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--modules", nargs="+", choices=ORDER, default=["allocator", "gvm", "raft", "grpo", "run"])
+    parser.add_argument("--modules", nargs="+", choices=ORDER, default=ORDER)
     parser.add_argument("--tests", type=shlex.split, help="for pytest; default: fast ones of the module and above")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for the tests of one mutant")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for the tests of one mutant")
     parser.add_argument("--jobs", type=int, default=2, help="copies that are tested at once")
     args = parser.parse_args()
     if try_mutant(None, args) is None:
@@ -108,7 +115,7 @@ def main() -> None:
     drawn = random.Random(args.seed).sample(mutants, min(args.count, len(mutants)))
     survivors = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        for result in pool.map(partial(try_mutant, args=args), drawn):
+        for result in tqdm(pool.map(partial(try_mutant, args=args), drawn), total=len(drawn)):
             if result:
                 survivors += 1
                 print(result, flush=True)
