@@ -141,10 +141,10 @@ def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.
 
 
 def compares_prompts(rule) -> bool:
-    """Whether a rule gives a prompt another weight alone than among others of the same p."""
-    p, norms = np.full(3, 0.5), np.array([1.0, 2.0, 3.0])
-    alone = [rule(p[:1], norm, norm)[0] for norm in norms.reshape(3, 1)]
-    return not np.allclose(rule(p, norms, norms), alone)
+    """Whether a rule gives a prompt another weight alone than among others."""
+    several, norms = np.array([0.2, 0.5, 0.5, 0.8]), np.array([1.0, 1.0, 2.0, 3.0])
+    alone = [rule(p, norm, norm)[0] for p, norm in zip(several.reshape(4, 1), norms.reshape(4, 1))]
+    return not np.allclose(rule(several, norms, norms), alone)
 
 
 def _fill_unknown(norms: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -242,7 +242,7 @@ def rescore(path: Path, out: Path | None, grader) -> tuple[dict, dict]:
     """(protocol, rows by benchmark) of the samples in `path`, graded anew; kept in `out` if set."""
     rows = read_samples(path)
     if len(set(Counter(row["problem"] for row in rows).values())) != 1:
-        raise InputError(f"--rescore {path}: problems differ in samples; --resume it first")
+        raise InputError(f"--rescore {path}: is empty, or uneven over problems; --resume it first")
     rows.sort(key=lambda row: (row["problem"], row["index"]))
     grades = grader([row["response"] for row in rows], [row["reference"] for row in rows])
     changed = sum(row["score"] != score for row, (score, _) in zip(rows, grades))

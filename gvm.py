@@ -68,7 +68,7 @@ def check_budget(args: argparse.Namespace, objective: str | None = None) -> None
     if args.allocator == "uniform":
         return
     if args.e_step_every == 1 and args.samples_per_prompt < args.pilot_samples:
-        raise InputError("--samples-per-prompt is below --pilot-samples, which it includes")
+        raise InputError("--samples-per-prompt is below --pilot-samples, a part of it; raise it")
     if args.e_step_every > 1 and args.rounds > 1:
         raise InputError("--e-step-every above 1 does not spend in rounds: add --rounds 1")
     if args.shrink and compares_prompts(partial(RULES[args.allocator], args=args)):
@@ -132,14 +132,14 @@ def allocation_table(problems: list[Problem], step: int, source: SampleSource, a
     """Pilot and rounds: (the table of the last round, the samples that it was made from).
 
     A round spends an equal part of what is left of the budget; the last is left to the caller.
+    counts: what each problem has then; or what it gets beside a pilot that only informs.
     """
     pilot = np.full(len(problems), args.pilot_samples)
     samples = source.draw(problems, pilot, step, with_norms=True)
     for rounds_left in range(args.rounds, 0, -1):
         table = estimate(samples, problems, args.weighting)
         table["weights"] = allocation_weights(table, args)
-        # A pilot that serves several steps only informs: the budget comes on top of it.
-        already = table["num_drawn"] if args.e_step_every == 1 else 0 * pilot
+        already = table["num_drawn"] if args.e_step_every == 1 else np.zeros_like(pilot)
         prices = table["mean_length"] if args.cost == "tokens" else None
         table["counts"] = allocate_round(
             table["weights"], already, args.samples_per_prompt, rounds_left, prices)

@@ -52,7 +52,8 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
     except Exception as error:  # there is no list of what a broken folder can raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         known = "" if Path(source).is_dir() else "no such folder, nor a model of the hub; "
-        raise InputError(f"--model {source}: cannot be loaded ({known}{reason})") from error
+        raise InputError(f"--model {source}: cannot be loaded ({known}{reason}); give a folder or "
+                         "hub name of a causal language model") from error
     _check_weights(source, model, report)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and args.max_prompt_tokens + args.max_response_tokens > context:

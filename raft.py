@@ -75,8 +75,8 @@ def loss_weights(samples: list[Sample], used: np.ndarray, num_prompts: int, weig
     used: (samples,), what the estimator averages over: right samples in RAFT, all in GRPO.
     m = num_prompts, solved or not; D_i: the used samples of prompt i; T_j: the tokens of sample j.
     prompt:   1 / (m |D_i| mean(T)), Algorithm 1: each solved prompt counts the same, however many
-              samples it got. The mean length, a constant, gives the loss the scale of the others.
-    token:    1 / sum(T), over all samples, wrong ones included, as in the released code.
+              samples it got. mean(T), over the update, gives the loss the scale of the others.
+    token:    1 / sum(T), over the update, wrong samples included, as in the released code.
     sequence: 1 / (T_j sum_i |D_i|), Eq. 8. Like `token`, it favours prompts with many samples.
     """
     lengths = np.array([len(sample.response_ids) for sample in samples], dtype=float)
@@ -159,17 +159,16 @@ def micro_batch_loss(ddp_policy, batch: list[Sample], args) -> tuple:
 
 
 def micro_batches_here(ddp_policy, samples: list[Sample], max_tokens: int):
-    """This rank's micro-batches of an update: yields (batch, scale), the scale of its loss.
+    """Yield this rank's micro-batches of an update, and whether they count: (batch, 1 or 0).
 
-    DDP takes the mean over ranks, the loss weights want the sum: the scale is the number of
-    ranks. A rank that has no samples left runs the shortest one, scaled by 0: DDP waits for all.
+    A rank that has no samples left runs the shortest one, which does not count: DDP waits for all.
     """
-    ranks, lengths = dist.get_world_size(), [sample.total_tokens for sample in samples]
-    batches = micro_batches(lengths, ranks, max_tokens)[dist.get_rank()]
+    lengths = [sample.total_tokens for sample in samples]
+    batches = micro_batches(lengths, dist.get_world_size(), max_tokens)[dist.get_rank()]
     for i, indices in enumerate(batches):
         ddp_policy.require_backward_grad_sync = i + 1 == len(batches)  # ranks talk once an update
         if indices:
-            yield [samples[j] for j in indices], ranks
+            yield [samples[j] for j in indices], 1
         else:
             yield [samples[np.argmin(lengths)]], 0
 
@@ -178,21 +177,21 @@ def update(ddp_policy, optimizer, samples: list[Sample], args) -> dict:
     """One optimizer step on the samples of an update; returns what is summed over updates."""
     if not samples:
         return {"updates_empty": 1}  # on a gradient of 0 AdamW would still move
-    num_tokens = sum(len(sample.response_ids) for sample in samples)
+    ranks, num_tokens = dist.get_world_size(), sum(len(s.response_ids) for s in samples)
     totals = torch.zeros(3, dtype=torch.float64)  # loss, share of clipped tokens, mean KL
     ddp_policy.train()
     optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets: keep them
-    for batch, scale in micro_batches_here(ddp_policy, samples, args.tokens_per_micro_batch):
+    for batch, counts in micro_batches_here(ddp_policy, samples, args.tokens_per_micro_batch):
         loss, clipped, kl = micro_batch_loss(ddp_policy, batch, args)
-        (scale * loss).backward()
+        (counts * ranks * loss).backward()  # DDP takes the mean over ranks, we want the sum
         terms = torch.stack([loss, clipped / num_tokens, kl / num_tokens]).detach()
-        totals += scale * terms.cpu()
+        totals += counts * terms.cpu()
     dist.all_reduce(totals)
     norm = torch.nn.utils.clip_grad_norm_(ddp_policy.parameters(), args.grad_clip)
     if not torch.isfinite(norm):
         return {"updates_not_finite": 1}
     optimizer.step()
-    loss, share, kl = (totals / dist.get_world_size()).tolist()
+    loss, share, kl = totals.tolist()
     return {"updates": 1, "loss": loss, "clip_fraction": share, "kl": kl, "grad_norm": norm.item()}
 
 

@@ -32,7 +32,7 @@ def number(kind: type, low: float, high: float = math.inf):
     def convert(text: str):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text}: must be finite, and from {low} to {high}")
         return value
 
     convert.__name__ = kind.__name__  # argparse's own message: "invalid int value"
@@ -90,8 +90,7 @@ def join_ranks() -> torch.device:
     if missing and os.environ.get("WORLD_SIZE", "1") != "1":  # it would wait for other ranks
         raise InputError(f"WORLD_SIZE is set in the environment, but not {sorted(missing)[0]}: "
                          "unset it, or launch with torchrun")
-    for name in missing:
-        os.environ[name] = alone[name]
+    os.environ.update({name: alone[name] for name in missing})
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -179,6 +178,7 @@ class StopSignal:
 # What the log counts from the start of the run; all other metrics are of one step.
 TOTALS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures")
 PHASES = ("sample", "train", "eval")  # what its seconds are for
+PACKAGES = ("torch", "transformers", "numpy", "math-verify")  # whose versions are recorded
 SHOWN = "step samples accept_rate predicted_variance loss eval_accuracy seconds".split()
 
 
@@ -243,11 +243,12 @@ def write_json(path: Path, content: dict) -> None:
     aside.rename(path)
 
 
-def read_json(path: Path) -> dict:
-    """What write_json wrote; InputError if something else has written over it."""
+def read_json(path: Path, key: str | None = None) -> dict:
+    """What write_json wrote, or its part `key`; InputError if something else wrote over it."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        content = json.loads(path.read_text())
+        return dict(content[key] if key else content)
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: is damaged; delete it, or choose another --out") from error
 
 
@@ -255,12 +256,11 @@ def start_log(out: Path, args: argparse.Namespace, log_bytes: int) -> None:
     """Record flags and versions in args.json; cut log.jsonl back to the checkpoint's length."""
     record, log = out / "args.json", out / "log.jsonl"
     if record.exists():
-        before = dict(read_json(record).get("flags", {}), resume=args.resume)
+        before = read_json(record, "flags") | {"resume": args.resume}
         changed = [name for name, value in vars(args).items() if value != before.get(name)]
         if changed:
             print0(f"warning: resumed with other values of {', '.join(changed)} than before")
-    packages = ("torch", "transformers", "numpy", "math-verify")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     write_json(record, {"flags": vars(args), "versions": versions})
     with log.open("ab") as file:
         file.truncate(min(log_bytes, file.tell()))

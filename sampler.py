@@ -221,15 +221,15 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
     """Draw counts[i] graded samples of problems[i]: the same list, in their order, on every rank.
 
     counts: (problems,). seed_key: (seed, purpose, step). first_index: the number of the first
-    sample of each problem, one for all or (problems,). The requests are cut into an equal part for
-    each rank, so the order in which they are gathered does not depend on the number of ranks.
+    sample of each problem, one for all or (problems,). Requests are dealt to the ranks in turn: the
+    samples of a hard problem are many and long, too many for one rank.
     """
     first_indices = np.broadcast_to(first_index, len(problems)).tolist()
     requests = []  # (problem, index of the sample)
     for problem, first, count in zip(problems, first_indices, counts):
         requests += [(problem, first + j) for j in range(count)]
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = requests[len(requests) * rank // ranks : len(requests) * (rank + 1) // ranks]
+    mine = requests[rank::ranks]
     seeds = [_seed(*seed_key, problem.id, index) for problem, index in mine]
     responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature)
     texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, _, _ in responses]
@@ -241,7 +241,8 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
             problem=problem.id, index=index, prompt_ids=problem.prompt_ids,
             response_ids=response_ids, finished=finished, text=text, reward=reward,
             grader_failed=failed, sampler_logprobs=logprobs))
-    return gather(samples)
+    parts = gather([samples])  # by rank
+    return [parts[i % ranks][i // ranks] for i in range(len(requests))]
 
 
 def _seed(*key: int) -> int:
@@ -277,9 +278,8 @@ def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tens
 
 
 @torch.no_grad()
-def fill_logprobs(
-    policy: Policy, samples: list[Sample], max_tokens: int, with_norms=False, into="old_logprobs"
-) -> None:
+def fill_logprobs(policy: Policy, samples: list[Sample], max_tokens: int, with_norms=False,
+                  into="old_logprobs") -> None:
     """Fill in an attribute of each sample with its log-probs; with_norms: head_grad_norm as well.
 
     The work is shared out over the ranks, at most `max_tokens` padded tokens at a time.

@@ -130,8 +130,15 @@ def test_a_rule_that_compares_prompts_cannot_be_averaged():
     def hardest(p, norm_right, norm_wrong):
         return np.where(np.arange(len(p)) == np.argmin(p), 1.0, 0.0)
 
-    with pytest.raises(ValueError, match="compares prompts"):
-        posterior_weights(hardest, [0, 1, 2], [2, 2, 2], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0])
+    def hardest_and_its_equals(p, norm_right, norm_wrong):
+        return np.where(p == p.min(), 1.0, 0.0)
+
+    def largest_norm(p, norm_right, norm_wrong):
+        return np.where(norm_right == norm_right.max(), 1.0, 0.0)
+
+    for rule in (hardest, hardest_and_its_equals, largest_norm):
+        with pytest.raises(ValueError, match="compares prompts"):
+            posterior_weights(rule, [0, 1, 2], [2, 2, 2], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0])
 
 
 def test_posterior_weights_never_starve_and_fill_in_the_norms():

@@ -49,7 +49,7 @@ def main() -> None:
             train_step(ddp_policy, optimizer, None, problems=problems, samples=samples,
                        stop=StopSignal(), args=args)
 
-        first = sample(problems, [4, 0, 1, 5, 2, 1, 2, 5, 2], 1)  # two ranks cut them in the middle of a problem
+        first = sample(problems, [4, 0, 1, 5, 2, 1, 2, 5, 2], 1)  # two ranks share out every problem
         if part == "fail" and dist.get_rank() == 1:
             raise RuntimeError("boom")
         facts = {"samples": [[s.problem, s.index, s.response_ids.tolist(), s.finished, s.reward] for s in first],
