@@ -1,7 +1,6 @@
 """The E-step: a pilot estimates p and G of each prompt, and GVM spends the budget accordingly.
 
     torchrun gvm.py --out table.jsonl                             # the toy, on a CPU
-    torchrun --nproc-per-node 8 gvm.py --model MODEL --data openai/gsm8k:main --out t.jsonl
 
 `draw_step` is what training calls in every step. Run alone, this script writes the allocation
 table of a data set: one line per problem, what its samples told of it and how many it got.
@@ -18,7 +17,7 @@ import run
 from allocator import allocate_round, compares_prompts, estimator_variance, gvm_weights
 from allocator import posterior_weights, reward_weights, summarise_samples
 from data import TOY, Grader, InputError, Problem, Sample
-from model import Policy, add_model_flags, load_model
+from model import Policy, add_model_flags, distribute, load_model
 from run import non_negative, number, positive_int
 from sampler import ORDER, TRAINING, HfSampler, VllmSampler, add_sampler_flags, draw
 from sampler import fill_logprobs, load_prompts, make_sampler
@@ -41,7 +40,7 @@ RULES = {"gvm": gvm_rule, "reward": reward_rule}
 def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     """The problems, and how samples are spread over them."""
     add = parser.add_argument_group("problems and budget").add_argument
-    add("--data", default=str(TOY / "train.jsonl"), help="file, benchmark, or hub name[:config]")
+    add("--data", default=str(TOY / "train.jsonl"), help="file, benchmark, hub name[:config]; a,b")
     add("--split", default="train", help="split of --data, if it is a hub data set that names none")
     add("--samples-per-prompt", type=positive_int, default=8, help="mean, a reused pilot included")
     add("--allocator", choices=["uniform", *RULES], default="gvm",
@@ -59,6 +58,7 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
         help="what a sample weighs in the loss: see raft.loss_weights")
     add("--tokens-per-micro-batch", type=positive_int, default=16384,
         help="padded tokens in one forward pass: less memory with fewer, the same result")
+    add("--fsdp", action="store_true", help="FSDP2: a part of the model on each GPU; needs vllm")
     add("--advantage", choices=["grpo", "dr", "loo"], default="grpo",
         help="grpo.py's; here because the reward rule depends on it")
 
@@ -102,7 +102,6 @@ def allocation_weights(table: dict, args: argparse.Namespace) -> np.ndarray:
     return rule(table["num_right"] / table["num_drawn"], *norms)
 
 
-# --- the E-step ------------------------------------------------------------------------------
 @dataclass
 class SampleSource:
     """Draws graded samples from the policy as it is. All ranks call it, and get the same."""
@@ -131,8 +130,8 @@ class SampleSource:
 def allocation_table(problems: list[Problem], step: int, source: SampleSource, args) -> tuple:
     """Pilot and rounds: (the table of the last round, the samples that it was made from).
 
-    A round spends an equal part of what is left of the budget; the last is left to the caller.
-    counts: what each problem has then; or what it gets beside a pilot that only informs.
+    A round spends an equal part of what is left of the budget; the last is left to the caller. If
+    the pilot only informs, "counts" come on top of it.
     """
     pilot = np.full(len(problems), args.pilot_samples)
     samples = source.draw(problems, pilot, step, with_norms=True)
@@ -282,6 +281,8 @@ def main(argv=None) -> None:
     model, tokenizer, problems, policy = run.on_every_rank(set_up)
     run.on_rank0(out.parent.mkdir, 0o777, True, True)
     run.on_rank0(out.touch, 0o666, False)  # claims the name: it must not exist
+    if args.fsdp:
+        distribute(policy, args.fsdp)
     sampler = make_sampler(model, tokenizer, args)
     with Grader() as grader:
         source = SampleSource(policy, sampler, grader, args)

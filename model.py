@@ -1,9 +1,4 @@
-"""The policy: loading, log-probs and gradient norms in one forward pass, DDP, checkpoints.
-
-    model, tokenizer = load_model(args, device)
-    policy = Policy(model, args.temperature)            # log-probs of responses
-    trained = distribute(policy)                        # DDP: for forward and backward
-"""
+"""The policy: loading, log-probs and norms in one forward pass; DDP and FSDP2; checkpoints."""
 
 import argparse
 import shutil
@@ -14,6 +9,8 @@ import torch
 import torch.distributed.checkpoint.state_dict as state_dicts
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -65,8 +62,7 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
     _check_tokenizer(source, tokenizer, end_ids, model.get_input_embeddings().num_embeddings)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = min(end_ids)
-    # Published generation settings may hold top-k or penalties: drop them. Samples must come
-    # from the distribution that is trained.
+    # Without top-k or penalties: samples come from the distribution that is trained.
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(end_ids), pad_token_id=tokenizer.pad_token_id)
     return model.to(device), tokenizer
@@ -76,11 +72,11 @@ def _check_weights(source, model, report: dict) -> None:
     """InputError for tensors that are not in the files, which are random, or not finite."""
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     broken = [name for name, weights in model.named_parameters() if not weights.isfinite().all()]
-    if missing:
-        raise InputError(f"--model {source}: its files lack tensors of the model ({missing[0]}, "
-                         f"{len(missing)} in all); get it again")
-    if broken:
-        raise InputError(f"--model {source}: holds NaN or infinity ({broken[0]}); get it again")
+    faults = {"its files lack tensors of the model": missing, "holds NaN or infinity": broken}
+    for fault, names in faults.items():
+        if names:
+            raise InputError(f"--model {source}: {fault} ({names[0]}, {len(names)} in all); get "
+                             "it again")
     if unused:
         print0(f"warning: {source} has tensors without a use ({unused[0]}, {len(unused)} in all)")
 
@@ -110,7 +106,7 @@ class Policy(nn.Module):
 
     def __init__(self, model, temperature: float = 1.0, gradient_checkpointing: bool = False):
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.device = model, temperature, model.device
         for module in model.modules():  # no dropout: the sampler draws without it
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -136,10 +132,8 @@ class Policy(nn.Module):
             if with_norms:
                 return self._logprobs_and_norms(hidden, targets, is_target.sum(dim=1).tolist())
             # The logits of a chunk are computed again in the backward pass, instead of kept.
-            logprobs = [
-                checkpoint(self._target_logprobs, h, y, use_reentrant=False)
-                for h, y in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
-            ]
+            chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
+            logprobs = [checkpoint(self._target_logprobs, *c, use_reentrant=False) for c in chunks]
             return torch.cat(logprobs), None
 
     def _log_softmax(self, hidden):
@@ -184,26 +178,36 @@ def _check_head(model) -> None:
         hidden = model.base_model(input_ids=ids).last_hidden_state
         plain = torch.allclose(model(input_ids=ids).logits, head(hidden), rtol=1e-3, atol=1e-5)
     if not plain:
-        raise InputError(
-            f"--model: {type(model).__name__} scales or caps its logits, or has no linear head: "
-            "choose another model"
-        )
+        raise InputError(f"--model: {type(model).__name__} scales or caps its logits, or has no "
+                         "linear head; choose another model")
 
 
-def distribute(policy: Policy) -> DistributedDataParallel:
-    """The policy for training: its backward pass averages the gradients over ranks."""
-    # Its buffers are constants: there is nothing to send in every forward pass.
-    return DistributedDataParallel(
-        policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
+def distribute(policy: Policy, shard: bool = False) -> nn.Module:
+    """The policy for training: its backward pass takes the mean of the gradients over ranks.
+
+    By DDP, or with `shard` by FSDP2: each rank holds a part of each tensor, and a layer is gathered
+    when it is used. That changes `policy` itself.
+    """
+    if not shard:  # buffers are constants: there is nothing to send in every forward pass
+        return DistributedDataParallel(
+            policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    for module in list(policy.modules()):
+        if type(module).__name__ in policy.model._no_split_modules:  # a decoder layer
+            fully_shard(module)
+    return fully_shard(policy)  # what is in no layer: embedding and head
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or what FSDP2 has spread over the ranks, gathered on each."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
     """For each rank its micro-batches, lists of indices; equally many for every rank.
 
-    lengths: of the samples, in tokens. They are dealt by length, so that ranks have equal
-    work and rows little padding. A micro-batch is padded to its longest row, its first, and then
-    has at most `max_tokens` tokens, or one row. Ranks that run out get empty ones: all ranks must
-    go through as many forward and backward passes, or they wait for each other for ever.
+    lengths: of the samples, in tokens. They are dealt by length, so that ranks have equal work and
+    rows little padding. A micro-batch, padded to its longest row, has at most `max_tokens` tokens,
+    or one row. Ranks that run out get empty ones: in each pass they wait for each other.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     shares = []
@@ -227,8 +231,7 @@ WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
 def save_checkpoint(out: Path, state: RunState, model, optimizer, tokenizer, keep: int) -> None:
     """Write OUT/checkpoints/step-N, a folder for from_pretrained; keep the newest `keep`.
 
-    Not if it is there already, nor after an update that was not finite. It is written beside and
-    renamed, so it is there whole or not at all. It holds a digest of each file. Call on all ranks.
+    It is there whole or not at all. It is not written twice, nor after updates that are not finite.
     """
     if state.saved == state.step or state.not_finite > 0:
         return
@@ -264,10 +267,7 @@ def save_checkpoint(out: Path, state: RunState, model, optimizer, tokenizer, kee
 
 
 def newest_checkpoint(out: Path) -> tuple[Path | None, RunState]:
-    """The newest whole checkpoint and its state, the same on all ranks; (None, a new state).
-
-    Warns of damaged ones; raises InputError if all are.
-    """
+    """The newest whole checkpoint, or None, and its state; for all ranks. Warns of damaged ones."""
 
     def find():
         saved = sorted(out.glob("checkpoints/step-??????"), reverse=True)

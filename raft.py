@@ -7,8 +7,8 @@
 
 One step, as `train` calls it:
     draw_step    the E-step, in gvm.py: samples are drawn where they help, and graded
-    train_step   the M-step: advantages, loss weights, old log-probs; then a few times `update`,
-                 an optimizer step on sum_j w_j sum_t loss_jt, over samples j and tokens t
+    train_step   the M-step: weights and old log-probs, then a few times `update`: an optimizer
+                 step on sum_j w_j sum_t loss_jt, over samples j and tokens t
 """
 
 import argparse
@@ -27,7 +27,7 @@ from data import BENCHMARKS, Grader, InputError, Problem, RunError, Sample
 from eval import add_report_flags, evaluate
 from gvm import SampleSource, add_budget_flags, check_budget, draw_step, sampler_gap
 from model import Policy, add_model_flags, distribute, load_model, load_optimizer, micro_batches
-from model import newest_checkpoint, save_checkpoint
+from model import newest_checkpoint, save_checkpoint, whole
 from run import non_negative, number, positive_int
 from sampler import add_sampler_flags, collate, compare_problems, fill_logprobs, load_prompts
 from sampler import make_sampler
@@ -141,10 +141,10 @@ def per_token(samples: list[Sample], name: str, device: torch.device) -> torch.T
     return torch.from_numpy(np.concatenate(rows)).to(device, torch.float32)
 
 
-def micro_batch_loss(ddp_policy, batch: list[Sample], args) -> tuple:
+def micro_batch_loss(learner, batch: list[Sample], args) -> tuple:
     """(sum_j w_j sum_t (loss_jt + kl_coef KL_jt), how many tokens are clipped, sum of KL_jt)."""
-    device = ddp_policy.device
-    logprobs, _ = ddp_policy(**collate(batch, device))  # (tokens,), like all that follow
+    device = learner.device
+    logprobs, _ = learner(**collate(batch, device))  # (tokens,), like all that follow
     old_logprobs = per_token(batch, "old_logprobs", device)
     advantages = per_token(batch, "advantage", device)
     weights = per_token(batch, "loss_weight", device)
@@ -158,36 +158,34 @@ def micro_batch_loss(ddp_policy, batch: list[Sample], args) -> tuple:
     return (weights * (losses + args.kl_coef * kl)).sum(), clipped.sum(), kl.sum()
 
 
-def micro_batches_here(ddp_policy, samples: list[Sample], max_tokens: int):
+def micro_batches_here(learner, samples: list[Sample], max_tokens: int):
     """Yield this rank's micro-batches of an update, and whether they count: (batch, 1 or 0).
 
-    A rank that has no samples left runs the shortest one, which does not count: DDP waits for all.
+    A rank that has no samples left runs the shortest one, which does not count: all must talk.
     """
     lengths = [sample.total_tokens for sample in samples]
     batches = micro_batches(lengths, dist.get_world_size(), max_tokens)[dist.get_rank()]
     for i, indices in enumerate(batches):
-        ddp_policy.require_backward_grad_sync = i + 1 == len(batches)  # ranks talk once an update
-        if indices:
-            yield [samples[j] for j in indices], 1
-        else:
-            yield [samples[np.argmin(lengths)]], 0
+        # DDP's ranks talk once an update; FSDP2's in every pass, to keep a part of the gradient.
+        learner.require_backward_grad_sync = i + 1 == len(batches)
+        yield [samples[j] for j in indices or [np.argmin(lengths)]], 1 if indices else 0
 
 
-def update(ddp_policy, optimizer, samples: list[Sample], args) -> dict:
+def update(learner, optimizer, samples: list[Sample], args) -> dict:
     """One optimizer step on the samples of an update; returns what is summed over updates."""
     if not samples:
         return {"updates_empty": 1}  # on a gradient of 0 AdamW would still move
     ranks, num_tokens = dist.get_world_size(), sum(len(s.response_ids) for s in samples)
     totals = torch.zeros(3, dtype=torch.float64)  # loss, share of clipped tokens, mean KL
-    ddp_policy.train()
+    learner.train()
     optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets: keep them
-    for batch, counts in micro_batches_here(ddp_policy, samples, args.tokens_per_micro_batch):
-        loss, clipped, kl = micro_batch_loss(ddp_policy, batch, args)
-        (counts * ranks * loss).backward()  # DDP takes the mean over ranks, we want the sum
+    for batch, counts in micro_batches_here(learner, samples, args.tokens_per_micro_batch):
+        loss, clipped, kl = micro_batch_loss(learner, batch, args)
+        (counts * ranks * loss).backward()  # which takes the mean over ranks; we want the sum
         terms = torch.stack([loss, clipped / num_tokens, kl / num_tokens]).detach()
         totals += counts * terms.cpu()
     dist.all_reduce(totals)
-    norm = torch.nn.utils.clip_grad_norm_(ddp_policy.parameters(), args.grad_clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(learner.parameters(), args.grad_clip))
     if not torch.isfinite(norm):
         return {"updates_not_finite": 1}
     optimizer.step()
@@ -195,33 +193,33 @@ def update(ddp_policy, optimizer, samples: list[Sample], args) -> dict:
     return {"updates": 1, "loss": loss, "clip_fraction": share, "kl": kl, "grad_norm": norm.item()}
 
 
-def train_step(ddp_policy, optimizer, reference, *, problems, samples, stop, args) -> dict:
+def train_step(learner, optimizer, reference, *, problems, samples, stop, args) -> dict:
     """The M-step: log-probs of the step's samples, then updates; returns metrics for the log."""
     updates, max_tokens = split_updates(problems, samples, args), args.tokens_per_micro_batch
     trained = sum(updates, [])
     # All updates of a step share one old policy, the one before them.
     missing = [sample for sample in trained if sample.old_logprobs is None]
-    fill_logprobs(ddp_policy.module, missing, max_tokens)
+    fill_logprobs(learner, missing, max_tokens)
     if reference is not None:
         fill_logprobs(reference, trained, max_tokens, into="ref_logprobs")
     sums = Counter()  # a name that is missing counts 0
     for i, part in enumerate(updates):
         if i > 0 and stop.on_any_rank():
             break  # the others are left out
-        sums.update(update(ddp_policy, optimizer, part, args))
+        sums.update(update(learner, optimizer, part, args))
+    if args.fsdp:  # DDP's gradients stay: they are views of its buckets
+        optimizer.zero_grad()
     for name in ("loss", "clip_fraction", "kl", "grad_norm"):
         sums[name] = sums[name] / sums["updates"] if sums["updates"] else None
     return dict(sums) | sampler_gap(trained)
 
 
-# --- a run -----------------------------------------------------------------------------------
 def watch(state: run.RunState, metrics: dict) -> None:
     """Notice a run that has diverged; RunError after ten updates in a row that were not finite."""
     state.not_finite = 0 if metrics.get("updates") else state.not_finite
     state.not_finite += metrics.get("updates_not_finite", 0)
     if state.not_finite >= 10:
-        raise RunError("ten updates in a row were not finite: the run has diverged; --resume it "
-                       "with a lower --lr")
+        raise RunError("ten updates in a row were not finite; --resume with a lower --lr")
     if metrics.get("accept_rate"):
         state.last_solved = state.step
     if state.last_solved and state.step == state.last_solved + 10:
@@ -232,7 +230,7 @@ def watch(state: run.RunState, metrics: dict) -> None:
 def load(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
     """What a rank loads by itself: policy, reference, tokenizer, problems, those to evaluate."""
     check_budget(args, args.objective)
-    if args.data in BENCHMARKS:
+    if BENCHMARKS.keys() & set(args.data.split(",")):
         raise InputError(f"--data {args.data}: is there to evaluate; name a hub data set to train")
     model, tokenizer = load_model(args, device, checkpoint)
     policy = Policy(model, args.temperature, args.gradient_checkpointing)
@@ -257,8 +255,11 @@ def train(args: argparse.Namespace) -> None:
     policy, reference, tokenizer, problems, eval_problems = run.on_every_rank(
         load, args, device, checkpoint)
     compare_problems(state, {args.data: problems, args.eval_data: eval_problems})
-    ddp_policy = distribute(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, weight_decay=args.weight_decay)
+    learner = distribute(policy, args.fsdp)  # the policy, in the form that all ranks train
+    if reference and args.fsdp:
+        distribute(reference, args.fsdp)
+    optimizer = torch.optim.AdamW(policy.parameters(), args.lr, fused=device.type == "cuda",
+                                  weight_decay=args.weight_decay)
     if checkpoint:
         load_optimizer(checkpoint, policy.model, optimizer)
     save = partial(save_checkpoint, out, state, policy.model, optimizer, tokenizer, args.keep)
@@ -274,7 +275,7 @@ def train(args: argparse.Namespace) -> None:
                     with state.timer("sample"):  # the E-step
                         batch, samples, metrics = draw_step(problems, step, state, source, args)
                     with state.timer("train"):  # the M-step
-                        metrics |= train_step(ddp_policy, optimizer, reference, problems=batch,
+                        metrics |= train_step(learner, optimizer, reference, problems=batch,
                                               samples=samples, stop=stop, args=args)
                 state.step = step
                 is_due = step % args.eval_every == 0 or step == args.steps

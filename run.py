@@ -73,9 +73,10 @@ def run_script(main) -> None:
         error.__traceback__ = error.__cause__ = None  # the line is enough for torchrun's report
         get_error_handler().record_exception(error)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except torch.OutOfMemoryError:
-        print("out of memory: see --tokens-per-micro-batch, --vllm-memory, "
-              "--gradient-checkpointing", file=sys.stderr)
+    except RuntimeError as error:  # torch.OutOfMemoryError, or vLLM's when it wakes up
+        if "out of memory" in str(error):
+            print("out of memory: see --tokens-per-micro-batch, --vllm-memory, "
+                  "--gradient-checkpointing, --fsdp", file=sys.stderr)
         raise
 
 
@@ -125,10 +126,7 @@ def gather(items: list) -> list:
 
 
 def on_every_rank(function, *arguments):
-    """Call a function that waits for no other rank, and return its result.
-
-    If it fails on one rank, all end. What several ranks have to say is said by the first.
-    """
+    """The result of a function that waits for no other rank. If it fails on one rank, all end."""
     result, error = None, None
     try:
         result = function(*arguments)
@@ -137,7 +135,7 @@ def on_every_rank(function, *arguments):
     except OSError as reason:
         error = InputError(f"--out: {reason}; choose another, or make room")
     messages = gather([error and str(error)])
-    if error and str(error) not in messages[: dist.get_rank()]:
+    if error and str(error) not in messages[: dist.get_rank()]:  # the first rank says it for all
         raise error
     if any(messages):
         sys.exit(2)

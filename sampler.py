@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import InputError, Problem, Sample, digest_problems, encode_prompt, extract_boxed
 from data import load_problems
-from model import Policy, micro_batches
+from model import Policy, micro_batches, whole
 from run import RunState, gather, number, on_every_rank, positive_int, print0
 
 TRAINING, EVALUATION, ORDER = 0, 1, 2  # what random numbers are for: a part of their seed
@@ -31,16 +31,17 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         help="who generates; hf: transformers; auto: vllm if it is installed and CUDA is there")
     add("--vllm-memory", type=number(float, low=0.01, high=1), default=0.4,
         help="share of each GPU's memory that vllm takes while it samples; no effect on a CPU")
-    add("--sampler-batch-size", type=positive_int, default=256,
-        help="sequences sampled at once: less memory with fewer, the same samples")
-    add("--seed", type=number(int, low=0, high=2**32 - 1), default=0,
-        help="of the samples and of the order of problems")
+    add("--sampler-batch-size", type=positive_int, default=256, help="sequences sampled at once")
+    add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="of samples and order")
 
 
 def load_prompts(spec: str, split: str, tokenizer, args, limit=None) -> list[Problem]:
-    """The problems of a data set, encoded; says how many are dropped, over --max-prompt-tokens."""
-    problems, most = load_problems(spec, split, limit), args.max_prompt_tokens
+    """The problems of data sets, encoded; says how many are dropped, over --max-prompt-tokens."""
+    problems, most = [], args.max_prompt_tokens
+    for part in spec.split(","):
+        problems += load_problems(part, split, limit)
     problems = [replace(p, prompt_ids=encode_prompt(tokenizer, p)) for p in problems]
+    problems = [replace(p, id=i) for i, p in enumerate(problems)]  # ids count over all parts
     fitting = [problem for problem in problems if len(problem.prompt_ids) <= most]
     if not fitting:
         raise InputError(f"{spec}: every prompt is longer than --max-prompt-tokens {most}")
@@ -135,7 +136,7 @@ class VllmSampler:
     """One vLLM engine per rank, in the trainer's process, given the trainer's weights every time.
 
     On a CPU each sample has a seed of its own. On CUDA that would bypass vLLM's fast sampling
-    kernel, for nothing, since rounding depends on the batch there anyway: an engine has one seed.
+    kernel, for nothing, since rounding depends on the batch there anyway: a call has one seed.
     """
 
     def __init__(self, model, tokenizer, args):
@@ -168,8 +169,10 @@ class VllmSampler:
 
     def sync(self) -> None:
         """Wake up with the trainer's weights, and without keys and values of earlier ones."""
+        torch.cuda.empty_cache()  # what the trainer has freed; nothing on a CPU
         self.llm.wake_up(tags=["weights"])
-        self.llm.apply_model(lambda engine: engine.load_weights(self.model.named_parameters()))
+        weights = ((name, whole(tensor)) for name, tensor in self.model.named_parameters())
+        self.llm.apply_model(lambda engine: engine.load_weights(weights))
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
@@ -179,14 +182,14 @@ class VllmSampler:
 
         self.sync()
         requests = [{"prompt_token_ids": ids} for ids in prompts]
-        params = [
-            SamplingParams(
-                temperature=temperature, max_tokens=self.max_tokens, detokenize=False,
-                seed=None if self.cuda else seed // 2,  # vLLM's are signed
-                stop_token_ids=self.end_ids, ignore_eos=True,  # EOS is among the stop tokens
-                logprobs=0)  # of the sampled token only
-            for seed in seeds
-        ]
+        params = [SamplingParams(
+            temperature=temperature, max_tokens=self.max_tokens, detokenize=False,
+            seed=None if self.cuda else seed // 2,  # vLLM's are signed
+            stop_token_ids=self.end_ids, ignore_eos=True,  # EOS is among the stop tokens
+            logprobs=0,  # of the sampled token only
+        ) for seed in seeds]
+        if self.cuda and seeds:  # or a resumed run would draw the first steps' numbers again
+            torch.cuda.manual_seed(seeds[0])
         results = self.llm.generate(requests, params, use_tqdm=False)
         self.llm.sleep(level=2)
         return [_response(result.outputs[0]) for result in results]
@@ -208,6 +211,8 @@ def make_sampler(model, tokenizer, args):
     if name == "auto":
         vllm_is_there = importlib.util.find_spec("vllm") is not None
         name = "vllm" if vllm_is_there and model.device.type == "cuda" else "hf"
+    if name == "hf" and vars(args).get("fsdp"):  # the evaluation has no such flag
+        raise InputError("--fsdp: transformers wants the whole model at once; add --sampler vllm")
     try:
         return SAMPLERS[name](model, tokenizer, args)
     except (ImportError, ValueError, RuntimeError) as error:
@@ -253,17 +258,11 @@ def _seed(*key: int) -> int:
 def as_rows(samples: list[Sample], problems: list[Problem]) -> list[dict]:
     """What is kept of each sample, as a JSON object."""
     references = {problem.id: problem.answer for problem in problems}
-    return [
-        {
-            "problem": sample.problem, "index": sample.index,
-            "response": sample.text, "answer": extract_boxed(sample.text),
-            "reference": references[sample.problem], "score": sample.reward,
-            "grader_failed": sample.grader_failed,
-            "finish_reason": "stop" if sample.finished else "length",
-            "tokens": len(sample.response_ids),
-        }
-        for sample in samples
-    ]
+    return [{
+        "problem": s.problem, "index": s.index, "response": s.text, "tokens": len(s.response_ids),
+        "answer": extract_boxed(s.text), "reference": references[s.problem], "score": s.reward,
+        "grader_failed": s.grader_failed, "finish_reason": "stop" if s.finished else "length",
+    } for s in samples]
 
 
 def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
@@ -282,14 +281,15 @@ def fill_logprobs(policy: Policy, samples: list[Sample], max_tokens: int, with_n
                   into="old_logprobs") -> None:
     """Fill in an attribute of each sample with its log-probs; with_norms: head_grad_norm as well.
 
-    The work is shared out over the ranks, at most `max_tokens` padded tokens at a time.
+    The work is shared out over the ranks, at most `max_tokens` padded tokens at a time. Ranks that
+    run out go on with a sample that counts for nothing: FSDP2 waits for all.
     """
     lengths = [sample.total_tokens for sample in samples]
     mine = micro_batches(lengths, dist.get_world_size(), max_tokens)[dist.get_rank()]
     scored = []
-    for rows in filter(None, mine):
-        batch = [samples[i] for i in rows]
-        logprobs, norms = policy(**collate(batch, policy.model.device), with_norms=with_norms)
+    for rows in mine:
+        batch = [samples[i] for i in rows or [np.argmin(lengths)]]
+        logprobs, norms = policy(**collate(batch, policy.device), with_norms=with_norms)
         rows_of_logprobs = logprobs.cpu().split([len(sample.response_ids) for sample in batch])
         copies = [row.numpy().copy() for row in rows_of_logprobs]  # not views of the whole batch
         scored += zip(rows, copies, norms.tolist() if with_norms else [0.0] * len(batch))

@@ -1,15 +1,17 @@
-"""What tests run under torchrun: `ranks.py draw OUT`, `update OUT BUDGET`, `fail OUT`, `differ OUT`; rank 0 writes."""
+"""What tests run under torchrun: `ranks.py draw OUT`, `update OUT FLAGS`, `save OUT FLAGS`, `fail OUT`, `differ OUT`; rank 0 writes."""
 
 import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from conftest import flags, make_sample
 
 import grpo  # noqa: F401 (adds its objective)
 from data import Grader, InputError, Problem
-from model import Policy, distribute, load_model
+from model import Policy, distribute, load_model, load_optimizer, newest_checkpoint, save_checkpoint, whole
 from raft import train_step
 from run import RunState, StopSignal, join_ranks, on_every_rank, run_script
 from sampler import HfSampler, compare_problems, draw, fill_logprobs, load_prompts
@@ -27,20 +29,28 @@ def toy_samples(tokenizer) -> list:
 
 
 def one_update(samples: list, args) -> dict:
-    """Gradients and, after an SGD step, parameters of a fresh toy; keyed by name."""
+    """Of a fresh toy: log-probs, norms, gradients and, after an SGD step, parameters, keyed by name; and metrics."""
     policy = Policy(load_model(args, torch.device("cpu"))[0])
     reference = Policy(load_model(args, torch.device("cpu"))[0])
-    ddp_policy, optimizer = distribute(policy), torch.optim.SGD(policy.parameters(), lr=0.1)
-    fill_logprobs(policy, samples, args.tokens_per_micro_batch)
+    with torch.no_grad():  # away from the reference
+        reference.model.get_output_embeddings().weight.mul_(0.9)
+    learner = distribute(policy, args.fsdp)
+    if args.fsdp:
+        distribute(reference, args.fsdp)
+    optimizer, gradients = torch.optim.SGD(policy.parameters(), lr=0.1), {}
+    optimizer.register_step_pre_hook(lambda *_: gradients.update(
+        {f"gradient {name}": whole(p.grad).clone() for name, p in policy.named_parameters()}))
+    fill_logprobs(learner, samples, args.tokens_per_micro_batch, with_norms=True)
+    scored = {"gradient norms": torch.tensor([sample.head_grad_norm for sample in samples]),
+              "log-probs": torch.from_numpy(np.concatenate([sample.old_logprobs for sample in samples]))}
     for sample in samples:  # off-policy, so that ratios and clips matter
         sample.old_logprobs = sample.old_logprobs + 0.3 * (sample.problem - 3)
-    with torch.no_grad():  # and away from the reference
-        reference.model.get_output_embeddings().weight.mul_(0.9)
     problems = [Problem(i, "", "") for i in range(7)]
-    metrics = train_step(ddp_policy, optimizer, reference, problems=problems, samples=samples,
+    metrics = train_step(learner, optimizer, reference, problems=problems, samples=samples,
                          stop=StopSignal(), args=args)
-    tensors = {f"gradient {name}": p.grad.clone() for name, p in policy.named_parameters()}
-    return tensors | {name: p.detach().clone() for name, p in policy.named_parameters()} | metrics
+    assert all((p.grad is None) == args.fsdp for p in policy.parameters())  # DDP's buckets stay
+    parameters = {name: whole(p.detach()).clone() for name, p in policy.named_parameters()}
+    return scored | gradients | parameters | metrics
 
 
 def lack_the_model() -> None:
@@ -69,6 +79,16 @@ def main() -> None:
         if dist.get_rank() == 0:
             with open(out, "w", encoding="utf-8") as file:
                 file.write(result)
+    elif part == "save":  # one update, and a checkpoint of it as OUT/checkpoints/step-000001; or go on from there
+        checkpoint, state = newest_checkpoint(Path(out))
+        policy = Policy(load_model(args, device, checkpoint)[0])
+        learner, optimizer = distribute(policy, args.fsdp), torch.optim.AdamW(policy.parameters(), lr=1e-3)
+        if checkpoint:
+            load_optimizer(checkpoint, policy.model, optimizer)
+        train_step(learner, optimizer, None, problems=[Problem(i, "", "") for i in range(7)],
+                   samples=toy_samples(tokenizer), stop=StopSignal(), args=args)
+        state.step = max(state.step, 0) + 1
+        save_checkpoint(Path(out), state, policy.model, optimizer, tokenizer, 2)
     else:
         samples = toy_samples(tokenizer)
         single = [sample for sample in samples if sample.reward > 0][:1]  # leaves every rank but one without a sample

@@ -1,5 +1,7 @@
 """model.py: log-probs and gradient norms against autograd, and micro-batches that cover every sample."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +145,15 @@ def test_the_hf_sampler_s_log_probs_are_the_trainer_s(device, model_and_tokenize
     for sample in samples:
         assert len(sample.sampler_logprobs) == len(sample.response_ids) > 3
         assert np.abs(sample.sampler_logprobs - sample.old_logprobs).max() < 1e-4
+
+
+def test_a_tokenizer_without_a_chat_template_is_said(device, toy, tmp_path, capsys):
+    load_model(flags(), device)
+    assert "chat template" not in capsys.readouterr().out
+    shutil.copytree(toy, tmp_path / "toy")
+    (tmp_path / "toy" / "chat_template.jinja").unlink()
+    load_model(flags("--model", tmp_path / "toy"), device)
+    assert "has no chat template: prompts use a plain one" in capsys.readouterr().out
 
 
 def test_models_that_cannot_be_had_are_named(device, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """raft.py: losses and weights by hand, gradients that no memory flag or rank changes, and runs that survive a kill."""
 
 import json
+import shutil
 from argparse import Namespace
 
 import numpy as np
@@ -95,29 +96,48 @@ def test_kl_by_hand():
 
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
-    """Gradients, parameters and figures of one update by ranks and micro-batch budget."""
+    """Log-probs, norms, gradients, parameters and metrics of one update, by ranks and micro-batch budget."""
     folder, found = tmp_path_factory.mktemp("updates"), {}
-    for ranks, budget, loss in [(1, 100_000, "raft++"), (1, 60, "raft++"), (2, 100_000, "raft++"), (2, 1, "raft++")]:
+    for ranks, budget, *fsdp in [(1, 100_000), (1, 60), (2, 100_000), (2, 1), (2, 60, "--fsdp")]:
         out = folder / f"{ranks}-{budget}.pt"
-        run_script("tests/ranks.py", "update", out, "--tokens-per-micro-batch", budget, "--loss", loss, ranks=ranks)
-        found[ranks, budget] = torch.load(out, weights_only=True)
+        run_script("tests/ranks.py", "update", out, "--tokens-per-micro-batch", budget, *fsdp, ranks=ranks)
+        found[ranks, budget, *fsdp] = torch.load(out, weights_only=True)
     return found
 
 
 @pytest.mark.parametrize("case", ["raft", "grpo", "single"])  # "single": one sample: the other rank has none
-@pytest.mark.parametrize("split", [(1, 60), (2, 100_000), (2, 1)])
-def test_an_update_does_not_depend_on_ranks_or_micro_batches(updates, split, case):
+@pytest.mark.parametrize("split", [(1, 60), (2, 100_000), (2, 1), (2, 60, "--fsdp")])
+def test_an_update_does_not_depend_on_ranks_or_micro_batches_or_fsdp(updates, split, case):
     reference, other = updates[1, 100_000][case], updates[split][case]
-    gradients = [torch.cat([tensor.flatten() for name, tensor in result.items() if name.startswith("gradient")])
-                 for result in (reference, other)]
-    assert gradients[0].norm() > 1e-3
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+    for kind in ("gradient model.", "gradient norms", "log-probs"):
+        one, two = (torch.cat([tensor.flatten() for name, tensor in result.items() if name.startswith(kind)])
+                    for result in (reference, other))
+        assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm(), kind
     for name, value in reference.items():
+        if name in ("gradient norms", "log-probs"):
+            continue
         if isinstance(value, torch.Tensor):
             assert torch.allclose(value, other[name], rtol=0, atol=1e-6), name
         else:
             assert value == pytest.approx(other[name], rel=1e-4, abs=1e-9), name
     assert case == "single" or 0 < reference["clip_fraction"] < 1 and reference["kl"] > 0
+
+
+def test_ddp_and_fsdp_go_on_from_each_other_s_checkpoints(tmp_path):
+    """Two updates of AdamW, the first and the second on one rank or on two with FSDP2; KL off, as the reference moves."""
+    kinds, ends = {"one": (1, []), "fsdp": (2, ["--fsdp"])}, {}
+    for first, (ranks, words) in kinds.items():
+        run_script("tests/ranks.py", "save", tmp_path / first, "--kl-coef", 0, *words, ranks=ranks)
+        for then, (ranks, words) in kinds.items():
+            out = tmp_path / f"{first}-{then}"
+            shutil.copytree(tmp_path / first, out)
+            run_script("tests/ranks.py", "save", out, "--kl-coef", 0, *words, ranks=ranks)
+            ends[first, then] = parameters(out, 2)
+    before = parameters(tmp_path / "one", 1)
+    for name, expected in ends["one", "one"].items():
+        assert (expected - before[name]).abs().max() > 1e-4  # moments and all: an update by lr 1e-3
+        for found in ends.values():
+            assert torch.allclose(found[name], expected, rtol=0, atol=2e-5), name
 
 
 @pytest.fixture

@@ -24,14 +24,24 @@ def test_wrong_flags_are_named(words, named):
         flags(*words)
 
 
-def test_out_of_memory_names_the_flags_that_help(capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Error: out of memory")])
+def test_out_of_memory_names_the_flags_that_help(capsys, error):
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError):
         run_main(main)
-    said = capsys.readouterr().err
-    assert all(flag in said for flag in ("--tokens-per-micro-batch", "--vllm-memory", "--gradient-checkpointing"))
+    said, helping = capsys.readouterr().err, ("--tokens-per-micro-batch", "--vllm-memory", "--gradient-checkpointing")
+    assert all(flag in said for flag in helping)
+
+
+def test_other_errors_do_not_speak_of_memory(capsys):
+    def main():
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError):
+        run_main(main)
+    assert "memory" not in capsys.readouterr().err
 
 
 def make_checkpoint(out, step: int) -> Path:

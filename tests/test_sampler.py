@@ -118,6 +118,13 @@ def test_long_prompts_are_dropped_and_counted(device, model_and_tokenizer, tmp_p
         load_prompts(str(path), "train", model_and_tokenizer[1], flags("--max-prompt-tokens", 2))
 
 
+def test_several_data_sets_are_one(device, model_and_tokenizer, tmp_path):
+    for name, text in (("a", "1+1"), ("b", "2+2")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"problem": text, "answer": "1"}) + "\n")
+    both = load_prompts(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "train", model_and_tokenizer[1], flags())
+    assert [(problem.id, problem.question) for problem in both] == [(0, "1+1"), (1, "2+2")]
+
+
 @pytest.mark.parametrize("error", [ImportError("No module named 'vllm'"), ValueError("not\nsupported " + "x" * 999)])
 def test_without_a_vllm_that_starts_there_is_one_line(model_and_tokenizer, monkeypatch, error):
     def fail(*_):

@@ -73,6 +73,16 @@ def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path):
     check_killed_and_resumed("raft.py", words, straight[0][1], tmp_path / "run", 1)
 
 
+def test_fsdp_trains_alike_and_goes_on_when_killed(straight, tmp_path):
+    words = [*SMALL, "--sampler", "vllm", "--truncated-is", 2, "--fsdp"]
+    run_script("raft.py", *words, "--out", tmp_path / "fsdp", ranks=2)
+    one, sharded = (read_log(out, drop=("seconds", "sampler_gap")) for out in (straight[0][1], tmp_path / "fsdp"))
+    for a, b in zip(one, sharded, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    assert all(0 < line["sampler_gap_max"] < 1e-4 for line in read_log(tmp_path / "fsdp")[1:])
+    check_killed_and_resumed("raft.py", words, tmp_path / "fsdp", tmp_path / "run", 2)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
     check_sigterm_saves_the_step_and_exits("raft.py", ["--sampler", "vllm"], tmp_path / "run", ranks)
@@ -84,8 +94,9 @@ def test_an_error_on_one_rank_ends_both(tmp_path):
     wait_for(lambda: not run.workers(), 10)
 
 
-def test_gvm_writes_a_table_with_it(tmp_path):
-    run_script("gvm.py", "--limit", 8, "--sampler", "vllm", "--out", tmp_path / "table.jsonl")
+@pytest.mark.parametrize(("ranks", "words"), [(1, []), (2, ["--fsdp"])])
+def test_gvm_writes_a_table_with_it(tmp_path, ranks, words):
+    run_script("gvm.py", "--limit", 8, "--sampler", "vllm", *words, "--out", tmp_path / "table.jsonl", ranks=ranks)
     rows = [json.loads(line) for line in (tmp_path / "table.jsonl").open()]
     assert sum(row["counts"] for row in rows) == 64 and 0 < np.mean([row["p"] for row in rows]) < 1
 
