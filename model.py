@@ -123,7 +123,8 @@ class Policy(nn.Module):
         (tokens,), row after row. with_norms: also the norm of the gradient of each row's
         -sum_t ln pi(y_t) with respect to W, (batch,); there is then no backward pass.
         """
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda,
+                            cache_enabled=False):  # the cache would hold a bf16 copy of the model
             output = self.model.base_model(
                 input_ids, attention_mask=attention_mask, use_cache=False)
             is_target = response_mask[:, 1:]  # (batch, time - 1): position t predicts t + 1
@@ -136,8 +137,7 @@ class Policy(nn.Module):
             logprobs = [checkpoint(self._target_logprobs, *c, use_reentrant=False) for c in chunks]
             return torch.cat(logprobs), None
 
-    def _log_softmax(self, hidden):
-        """(tokens, hidden) to (tokens, vocabulary), in fp32."""
+    def _log_softmax(self, hidden):  # (tokens, hidden) to (tokens, vocabulary), in fp32
         logits = self.model.get_output_embeddings()(hidden).float()
         return torch.log_softmax(logits / self.temperature, dim=-1)
 
@@ -154,15 +154,15 @@ class Policy(nn.Module):
 
         That is exact for the head; the input path of a tied embedding is left out.
         """
-        logprobs, norms = [], []
+        logprobs, norms, head = [], [], self.model.get_output_embeddings().weight
         for row_hidden, row_targets in zip(hidden.split(lengths), targets.split(lengths)):
-            gradient = 0.0  # (vocabulary, hidden), added up over chunks of tokens
+            gradient = torch.zeros_like(head, dtype=torch.float32)  # added up over chunks
             for h, y in zip(row_hidden.split(HEAD_CHUNK), row_targets.split(HEAD_CHUNK)):
                 log_softmax = self._log_softmax(h)  # (chunk, vocabulary)
                 logprobs.append(log_softmax.gather(1, y[:, None]).squeeze(1))
                 delta = log_softmax.exp_()
                 delta[torch.arange(len(y), device=y.device), y] -= 1
-                gradient = gradient + (delta.T @ h.to(delta.dtype)).float()
+                gradient += delta.T @ h.to(delta.dtype)  # in bf16 on CUDA
             norms.append(torch.linalg.norm(gradient) / self.temperature)
         return torch.cat(logprobs), torch.stack(norms)
 

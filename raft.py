@@ -159,15 +159,13 @@ def micro_batch_loss(learner, batch: list[Sample], args) -> tuple:
 
 
 def micro_batches_here(learner, samples: list[Sample], max_tokens: int):
-    """Yield this rank's micro-batches of an update, and whether they count: (batch, 1 or 0).
-
-    A rank that has no samples left runs the shortest one, which does not count: all must talk.
-    """
+    """Yield this rank's micro-batches of an update, and whether they count: (batch, 1 or 0)."""
     lengths = [sample.total_tokens for sample in samples]
     batches = micro_batches(lengths, dist.get_world_size(), max_tokens)[dist.get_rank()]
     for i, indices in enumerate(batches):
         # DDP's ranks talk once an update; FSDP2's in every pass, to keep a part of the gradient.
         learner.require_backward_grad_sync = i + 1 == len(batches)
+        # A rank without samples runs the shortest one, which does not count: all must talk.
         yield [samples[j] for j in indices or [np.argmin(lengths)]], 1 if indices else 0
 
 
@@ -235,6 +233,8 @@ def load(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
     model, tokenizer = load_model(args, device, checkpoint)
     policy = Policy(model, args.temperature, args.gradient_checkpointing)
     reference = Policy(load_model(args, device)[0], args.temperature) if args.kl_coef > 0 else None
+    if reference and device.type == "cuda":
+        reference.bfloat16()  # it computes in bf16 there anyway
     problems = load_prompts(args.data, args.split, tokenizer, args)
     eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args)
     if not args.updates_per_step <= args.prompts_per_step <= len(problems):
@@ -278,8 +278,7 @@ def train(args: argparse.Namespace) -> None:
                         metrics |= train_step(learner, optimizer, reference, problems=batch,
                                               samples=samples, stop=stop, args=args)
                 state.step = step
-                is_due = step % args.eval_every == 0 or step == args.steps
-                if is_due and not stop.on_any_rank():
+                if (step % args.eval_every == 0 or step == args.steps) and not stop.on_any_rank():
                     with state.timer("eval"):
                         metrics |= evaluate(sampler, grader, eval_problems, args)
                 run.on_rank0(run.write_log, out, state, metrics)

@@ -6,7 +6,7 @@
 Prints gigabytes (1e9 bytes) of each kind; a phase that does not fit says "no", and rows below show what flags help.
 
 Measured: activations. The model runs forward and backward on fake tensors, which have shapes and types but no data, and
-every byte that lives is counted, temporaries and autocast's bf16 copies of the weights included. Fake CPU tensors stand
+every byte that lives is counted, temporaries and autocast's bf16 copies of a layer's weights included. Fake CPU tensors stand
 for CUDA's, since the meta device has no autocast. All else is arithmetic on shapes.
 
 Assumed: rows of the greatest length, all of it response; vLLM samples, and its activations and CUDA graphs take part of
@@ -48,10 +48,8 @@ SHAPES = {  # what --model knows without a file
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags beside raft.py's."""
-    parser.conflict_handler = "resolve"  # raft.py may have --fsdp, too
     parser.add_argument("--gpus", type=run.positive_int, default=8, help="ranks")
     parser.add_argument("--gpu-gigabytes", type=run.non_negative, default=80.0, help="of one GPU, in 1e9 bytes")
-    parser.add_argument("--fsdp", action="store_true", help="FSDP2 instead of DDP")
 
 
 def parameter_counts(config) -> tuple[int, int, int]:
@@ -104,7 +102,8 @@ def activation_bytes(config_json: str, rows: int, time: int, training: bool, che
         known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
         with LiveBytes(known) as live:
             ids = torch.zeros(rows, time, dtype=torch.long)
-            with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=bf16,
+                                                                         cache_enabled=False):
                 # Rows without padding need no mask, and less memory; of fake ones that is not known.
                 output = model.base_model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
                 loss = output.last_hidden_state[:, :-1].flatten(0, 1).square().sum()  # keeps the states, as a head does
@@ -144,7 +143,7 @@ def phases(config, gpus: int, fsdp: bool, args) -> dict[str, dict[str, float]]:
         "scoring": idle | {
             "FSDP2's gathered weights": whole_root + two_layers, "activations": measure(training=False),
             "chunk of logits": logits,
-            "norm's buffers": 3 * vocabulary * hidden * FP32,  # the sum over chunks, what is added, the new sum
+            "norm's buffers": vocabulary * hidden * (FP32 + BF16),  # the sum over chunks, and what is added
         },
         "training": held | {
             "FSDP2's gathered weights": whole_root + two_layers,

@@ -87,7 +87,7 @@ def test_head_and_engine_by_hand():
     found = memory.phases(config_of(), 1, False, flags("--vllm-memory", 0.5, "--gpu-gigabytes", 3))
     for phase in ("scoring", "training"):
         assert found[phase]["chunk of logits"] == 3 * 512 * 40 * 4
-    assert found["scoring"]["norm's buffers"] == 3 * 40 * 16 * 4
+    assert found["scoring"]["norm's buffers"] == 40 * 16 * (4 + 2)
     assert found["training"]["head's gradient"] == 2 * 40 * 16 * 2
     assert found["sampling"]["engine's weights, bf16"] == 2 * P
     assert found["sampling"]["key-value cache"] == 1.5e9 - 2 * P
@@ -136,14 +136,15 @@ def test_autocast_s_copies_are_counted(training):
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
 
     def body():
-        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             loss = policy.model.base_model(**inputs).last_hidden_state.square().sum()
         if training:
             loss.backward()
 
     predicted = prediction(config, 2, 30, training=training)
     assert predicted == pytest.approx(real_peak(body), rel=0.05)
-    assert predicted > 2 * 3 * (4 * 96**2 + 3 * 96 * 256)  # the matrices of three layers
+    all_copies = 2 * 3 * (4 * 96**2 + 3 * 96 * 256)  # of the matrices of three layers
+    assert (predicted > all_copies) == training  # the backward pass needs them; without one they go at once
 
 
 def test_chunks_of_logits_take_what_is_predicted():
@@ -161,7 +162,8 @@ def test_the_norm_s_buffers_take_what_is_predicted(monkeypatch):
     kinds = memory.phases(config, 1, False, flags())["scoring"]
     with torch.no_grad():
         peak = real_peak(lambda: policy(**batch, with_norms=True))
-    assert kinds["norm's buffers"] + kinds["chunk of logits"] / 3 == pytest.approx(peak, rel=0.1)
+    on_a_cpu = kinds["norm's buffers"] + 2 * 4000 * 256  # what is added is in fp32 there
+    assert on_a_cpu + kinds["chunk of logits"] / 3 == pytest.approx(peak, rel=0.1)
 
 
 def test_activations_grow_with_the_micro_batch_and_nothing_else_does():
