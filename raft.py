@@ -177,11 +177,11 @@ def update(learner, optimizer, samples: list[Sample], args) -> dict:
     totals = torch.zeros(3, dtype=torch.float64)  # loss, share of clipped tokens, mean KL
     learner.train()
     optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets: keep them
-    for batch, counts in micro_batches_here(learner, samples, args.tokens_per_micro_batch):
+    for batch, counted in micro_batches_here(learner, samples, args.tokens_per_micro_batch):
         loss, clipped, kl = micro_batch_loss(learner, batch, args)
-        (counts * ranks * loss).backward()  # which takes the mean over ranks; we want the sum
+        (counted * ranks * loss).backward()  # which takes the mean over ranks; we want the sum
         terms = torch.stack([loss, clipped / num_tokens, kl / num_tokens]).detach()
-        totals += counts * terms.cpu()
+        totals += counted * terms.cpu()
     dist.all_reduce(totals)
     norm = whole(torch.nn.utils.clip_grad_norm_(learner.parameters(), args.grad_clip))
     if not torch.isfinite(norm):
