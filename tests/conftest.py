@@ -43,9 +43,9 @@ def make_sample(problem: int, reward: float, response: list[int], prompt=(5, 6, 
     return Sample(problem, 0, list(prompt), response_ids, finished=True, reward=reward, **fields)
 
 
-def command(script: str, *words, ranks: int = 1) -> list[str]:
-    """The command line of a script, under torchrun if there are several ranks."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+def command(script: str, *words, ranks: int = 1, launch=("--standalone",)) -> list[str]:
+    """The command line of a script, under torchrun if there are several ranks; launch: more flags of torchrun."""
+    launch = ["-m", "torch.distributed.run", *launch, "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return [sys.executable, *launch, str(ROOT / script), *map(str, words)]
 
 
@@ -61,10 +61,10 @@ def run_script(script: str, *words, ranks: int = 1, check: bool = True, **option
 class Started:
     """A script that goes on in the background; its flags must hold the path `mark`, by which its workers are found."""
 
-    def __init__(self, script: str, *words, ranks: int = 1, mark: Path):
+    def __init__(self, script: str, *words, mark: Path, **launch):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.mark, self.output = str(mark).encode(), mark.with_suffix(".output")
-        self.process = subprocess.Popen(command(script, *words, ranks=ranks), env=environment,
+        self.process = subprocess.Popen(command(script, *words, **launch), env=environment,
                                         stdout=self.output.open("w"), stderr=subprocess.STDOUT)
 
     def workers(self) -> list[int]:

@@ -1,6 +1,7 @@
 """What tests run under torchrun: `ranks.py draw OUT`, `update OUT FLAGS`, `save OUT FLAGS`, `fail OUT`, `differ OUT`; rank 0 writes."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import grpo  # noqa: F401 (adds its objective)
 from data import Grader, InputError, Problem
 from model import Policy, distribute, load_model, load_optimizer, newest_checkpoint, save_checkpoint, whole
 from raft import train_step
-from run import RunState, StopSignal, join_ranks, on_every_rank, run_script
+from run import RunState, StopSignal, gather, join_ranks, on_every_rank, run_script
 from sampler import HfSampler, compare_problems, draw, fill_logprobs, load_prompts
+
+PLACE = ("WORLD_SIZE", "GROUP_RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")  # what torchrun tells a rank
 
 
 def toy_samples(tokenizer) -> list:
@@ -93,7 +96,8 @@ def main() -> None:
         samples = toy_samples(tokenizer)
         single = [sample for sample in samples if sample.reward > 0][:1]  # leaves every rank but one without a sample
         results = {"raft": one_update(samples, args), "single": one_update(single, args),
-                   "grpo": one_update(samples, flags(*words, "--objective", "grpo"))}
+                   "grpo": one_update(samples, flags(*words, "--objective", "grpo")),
+                   "places": gather([{name: int(os.environ.get(name, "-1")) for name in PLACE}])}  # by rank
         if dist.get_rank() == 0:
             torch.save(results, out)
     dist.destroy_process_group()
