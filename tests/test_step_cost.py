@@ -1,0 +1,90 @@
+"""step_cost.py: its operations are those that torch counts, its bytes those that one can count by hand."""
+
+import pytest
+import step_cost
+import torch
+from conftest import STOP, make_sample
+from memory import parameter_counts
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+import raft
+import run
+from data import TOY, Problem
+from model import Policy, distribute, load_model
+from sampler import fill_logprobs
+
+LENGTHS = ["--prompt-tokens", 12, "--response-tokens", 10]
+STEP = ["--prompts-per-step", 4, "--samples-per-prompt", 2, "--updates-per-step", 1, "--trained-share", 1.0]
+
+
+def flags(*words):
+    """The flags of the script; with STEP and LENGTHS, a step has eight samples of 22 tokens, and all are trained on."""
+    return run.parse_flags(list(map(str, (*STEP, *LENGTHS, *words))), step_cost.__doc__, raft.add_flags, step_cost.add_flags)
+
+
+def costs(*words) -> dict:
+    return step_cost.step_cost(AutoConfig.from_pretrained(TOY), flags(*words))
+
+
+def eight_samples() -> list:
+    samples = [make_sample(i // 2, 1.0, [9] * 10, prompt=[5] * 12, advantage=1.0, loss_weight=1.0) for i in range(8)]
+    for sample in samples:
+        sample.old_logprobs = sample.sampler_logprobs
+    return samples
+
+
+@pytest.mark.parametrize("checkpointing", [[], ["--gradient-checkpointing"]])
+def test_training_takes_the_operations_that_torch_counts(device, checkpointing):
+    args = flags(*checkpointing)
+    policy = Policy(load_model(args, device)[0], 1.0, args.gradient_checkpointing)
+    learner, optimizer = distribute(policy), torch.optim.SGD(policy.parameters(), lr=0.0)
+    with FlopCounterMode(display=False) as counter:
+        raft.train_step(learner, optimizer, None, problems=[Problem(i, "", "") for i in range(4)],
+                        samples=eight_samples(), stop=STOP, args=args)
+    expected = costs("--gpus", 1, *checkpointing)["training"][0]
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
+
+
+def test_scoring_takes_the_operations_that_torch_counts(device):
+    policy = Policy(load_model(flags(), device)[0])
+    with FlopCounterMode(display=False) as counter:
+        fill_logprobs(policy, eight_samples(), 100_000, with_norms=True)
+    expected = costs("--gpus", 1, "--pilot-samples", 2)["scoring"][0]  # a budget that is all pilot
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
+
+
+def test_bytes_by_hand():
+    total = parameter_counts(AutoConfig.from_pretrained(TOY))[0]
+    four = ["--gpus", 4, "--updates-per-step", 3]
+    assert costs(*four)["optimizer"][1] == 3 * 28 * total
+    assert costs(*four, "--fsdp")["optimizer"][1] == 3 * 7 * total
+    assert costs(*four)["training"][2] == 3 * 8 * total * 3 / 4  # an all-reduce for each update
+    assert costs(*four, "--fsdp")["training"][2] == 3 * 12 * total * 3 / 4  # three micro-batches, one for each update
+    assert costs("--gpus", 1)["training"][2] == 0
+    assert costs(*four)["weights to the engine"][2] == 0
+    assert costs(*four, "--fsdp", "--rounds", 1)["weights to the engine"][2] == 2 * 4 * total * 3 / 4
+
+
+def test_rounds_and_pilots_by_hand():
+    five = ["--samples-per-prompt", 5, "--pilot-samples", 2]
+    assert step_cost.draws(flags("--allocator", "uniform")) == (1, 0)
+    assert step_cost.draws(flags("--rounds", 3)) == (4, 0)
+    assert step_cost.draws(flags("--rounds", 1, "--e-step-every", 4, *five)) == (1.25, 8)
+    assert step_cost.scored_share(flags("--rounds", 3, *five)) == pytest.approx((2 + 2) / 5)
+    assert step_cost.scored_share(flags("--rounds", 1, *five)) == pytest.approx(2 / 5)
+    assert step_cost.scored_share(flags("--allocator", "uniform")) == 0
+    # A token costs a pilot and the budget the same: with as many of each, a step draws twice as much.
+    one, two = costs("--allocator", "uniform"), costs("--rounds", 1, "--e-step-every", 1000, "--pilot-samples", 2)
+    assert two["sampling"][0] == pytest.approx(2 * one["sampling"][0])
+
+
+def test_the_table_has_seconds_where_throughputs_are_given(capsys):
+    words = list(map(str, (*STEP, *LENGTHS)))
+    step_cost.main(words)
+    assert "0.0" in capsys.readouterr().out.splitlines()[-1]
+    step_cost.main([*words, "--tflops", "1e-6"])  # a million operations a second
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["sampling", "weights", "scoring", "training", "optimizer", "sum"]
+    seconds = [float(line.split()[-1]) for line in lines[1:]]
+    assert seconds[-1] == pytest.approx(sum(seconds[:-1]), abs=0.3) and seconds[3] > 10
