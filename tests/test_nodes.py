@@ -56,6 +56,8 @@ def test_an_update_on_two_nodes_is_that_of_one(two_nodes, tmp_path, ranks):
         gap = torch.stack([(found[name] - expected[name]).norm() for name in gradients]).norm()
         assert size > 1e-3 and gap < 1e-5 * size
         for name, value in expected.items():
+            if name in ("gradient norms", "log-probs"):
+                continue  # of any size: test_raft.py compares them
             if isinstance(value, torch.Tensor):
                 assert torch.allclose(value, found[name], rtol=0, atol=1e-6), (case, name)
             else:
