@@ -56,6 +56,20 @@ def one_update(samples: list, args) -> dict:
     return scored | gradients | parameters | metrics
 
 
+def update_and_save(out: Path, args) -> None:
+    """One update, and a checkpoint of it as OUT/checkpoints/step-000001; or one more update, from there."""
+    checkpoint, state = newest_checkpoint(out)
+    model, tokenizer = load_model(args, torch.device("cpu"), checkpoint)
+    policy = Policy(model)
+    learner, optimizer = distribute(policy, args.fsdp), torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    if checkpoint:
+        load_optimizer(checkpoint, model, optimizer)
+    train_step(learner, optimizer, None, problems=[Problem(i, "", "") for i in range(7)],
+               samples=toy_samples(tokenizer), stop=StopSignal(), args=args)
+    state.step = max(state.step, 0) + 1
+    save_checkpoint(out, state, model, optimizer, tokenizer, 2)
+
+
 def lack_the_model() -> None:
     """As if --model were missing on rank 1."""
     if dist.get_rank() == 1:
@@ -82,16 +96,8 @@ def main() -> None:
         if dist.get_rank() == 0:
             with open(out, "w", encoding="utf-8") as file:
                 file.write(result)
-    elif part == "save":  # one update, and a checkpoint of it as OUT/checkpoints/step-000001; or go on from there
-        checkpoint, state = newest_checkpoint(Path(out))
-        policy = Policy(load_model(args, device, checkpoint)[0])
-        learner, optimizer = distribute(policy, args.fsdp), torch.optim.AdamW(policy.parameters(), lr=1e-3)
-        if checkpoint:
-            load_optimizer(checkpoint, policy.model, optimizer)
-        train_step(learner, optimizer, None, problems=[Problem(i, "", "") for i in range(7)],
-                   samples=toy_samples(tokenizer), stop=StopSignal(), args=args)
-        state.step = max(state.step, 0) + 1
-        save_checkpoint(Path(out), state, policy.model, optimizer, tokenizer, 2)
+    elif part == "save":
+        update_and_save(Path(out), args)
     else:
         samples = toy_samples(tokenizer)
         single = [sample for sample in samples if sample.reward > 0][:1]  # leaves every rank but one without a sample

@@ -72,7 +72,7 @@ WORDS = ["--steps", 6, "--prompts-per-step", 6, "--samples-per-prompt", 4, "--ro
 
 def worker_of_rank(run: Started, rank: int) -> int:
     """The process of a run that has this rank."""
-    for worker in run.workers():
+    for worker in set(run.workers()) - {run.process.pid}:  # torchrun may have a RANK from where it was started
         if f"RANK={rank}".encode() in Path(f"/proc/{worker}/environ").read_bytes().split(b"\0"):
             return worker
     raise LookupError(f"no worker of rank {rank}")
