@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import fcntl
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -104,6 +105,7 @@ def join_ranks() -> torch.device:
         dist.init_process_group(backend, timeout=timedelta(hours=1))  # one rank may draw for long
         # A vLLM engine may have ended it already.
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        atexit.register(gc.collect)  # before that: FSDP2's modules hold the group, and may abort
     return device
 
 
