@@ -125,6 +125,21 @@ def check_killed_and_resumed(script: str, words: list, straight: Path, out: Path
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000004"]  # --keep 1
 
 
+def check_same_update(expected: dict, found: dict) -> None:
+    """What `ranks.py update` wrote in two places: the same log-probs, norms, gradients, parameters and metrics."""
+    for kind in ("gradient model.", "gradient norms", "log-probs"):
+        one, two = (torch.cat([tensor.flatten() for name, tensor in result.items() if name.startswith(kind)])
+                    for result in (expected, found))
+        assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm(), kind
+    for name, value in expected.items():
+        if name in ("gradient norms", "log-probs"):
+            continue  # of any size, and compared above
+        if isinstance(value, torch.Tensor):
+            assert torch.allclose(value, found[name], rtol=0, atol=1e-6), name
+        else:
+            assert value == pytest.approx(found[name], rel=1e-4, abs=1e-9), name
+
+
 def check_sigterm_saves_the_step_and_exits(script: str, words: list, out: Path, ranks: int) -> None:
     """A run of 1000 steps ends after the one in which SIGTERM comes; it leaves its checkpoint and no process behind."""
     words = [*SMALL[:-1], 1000, "--save-every", 1000, *words, "--out", out]

@@ -62,6 +62,17 @@ def parameter_counts(config) -> tuple[int, int, int]:
     return total, max(layers), total - sum(layers)
 
 
+def head_size(text_config) -> int:
+    """Numbers in a query, key or value of one attention head."""
+    stated = getattr(text_config, "head_dim", None)
+    return stated or text_config.hidden_size // text_config.num_attention_heads
+
+
+def cache_bytes(text_config) -> int:
+    """Bytes of the keys and values of one token, in bf16."""
+    return 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_size(text_config) * BF16
+
+
 class LiveBytes(TorchDispatchMode):
     """While it is on: bytes of the tensors that were made since and are not freed, `now` and at the `peak`."""
 
@@ -187,10 +198,7 @@ def main(argv=None) -> None:
     for kind, cells in rows.items():
         if any(cells):
             print(f"{kind:36}" + "".join(f"{cell:>12}" for cell in cells))
-    text = config.get_text_config()
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * BF16  # keys and values
-    tokens = max(found["sampling"]["key-value cache"], 0) / token_bytes
+    tokens = max(found["sampling"]["key-value cache"], 0) / cache_bytes(config.get_text_config())
     print(f"{parameter_counts(config)[0]:,} parameters; the cache holds {tokens:,.0f} tokens")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from memory import BF16, FP32, SHAPES, parameter_counts  # noqa: E402 (lies in this folder)
+from memory import BF16, FP32, SHAPES, cache_bytes, head_size, parameter_counts  # noqa: E402 (lies in this folder)
 from transformers import AutoConfig  # noqa: E402
 
 import raft  # noqa: E402 (the project's modules lie one folder up)
@@ -61,10 +61,8 @@ def step_cost(config, args) -> dict[str, tuple[float, float, float]]:
     """For each phase (operations, bytes of memory traffic, bytes sent) of one GPU in one step."""
     text, (total, _, root) = config.get_text_config(), parameter_counts(config)
     body, head = total - root, text.vocab_size * text.hidden_size
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = text.num_hidden_layers * text.num_attention_heads * head_size  # L A
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * BF16  # bytes a token: keys, values
-    prompt, response = args.prompt_tokens, args.response_tokens
+    attention = text.num_hidden_layers * text.num_attention_heads * head_size(text)  # L A
+    cache, prompt, response = cache_bytes(text), args.prompt_tokens, args.response_tokens
     tokens = prompt + response
     calls, pilot = draws(args)
     samples = (args.prompts_per_step * args.samples_per_prompt + pilot) / args.gpus

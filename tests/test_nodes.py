@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Started, parameters, read_log, run_script, wait_for
+from conftest import Started, check_same_update, parameters, read_log, run_script, wait_for
 
 UPDATE = ["--tokens-per-micro-batch", 60]  # several micro-batches on each of four ranks
 
@@ -50,18 +50,7 @@ def test_an_update_on_two_nodes_is_that_of_one(two_nodes, tmp_path, ranks):
     run_script("tests/ranks.py", "update", tmp_path / "one.pt", *UPDATE, ranks=ranks)
     one_node = torch.load(tmp_path / "one.pt", weights_only=True)
     for case in ("raft", "grpo", "single"):  # "single": one sample, three ranks have none
-        expected, found = one_node[case], two_nodes[case]
-        gradients = [name for name in expected if name.startswith("gradient")]
-        size = torch.stack([expected[name].norm() for name in gradients]).norm()
-        gap = torch.stack([(found[name] - expected[name]).norm() for name in gradients]).norm()
-        assert size > 1e-3 and gap < 1e-5 * size
-        for name, value in expected.items():
-            if name in ("gradient norms", "log-probs"):
-                continue  # of any size: test_raft.py compares them
-            if isinstance(value, torch.Tensor):
-                assert torch.allclose(value, found[name], rtol=0, atol=1e-6), (case, name)
-            else:
-                assert value == pytest.approx(found[name], rel=1e-4, abs=1e-9), (case, name)
+        check_same_update(one_node[case], two_nodes[case])
 
 
 # --- workers that are started again ----------------------------------------------------------------------------------
