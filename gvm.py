@@ -285,14 +285,14 @@ def main(argv=None) -> None:
         distribute(policy, args.fsdp)
     sampler = make_sampler(model, tokenizer, args)
     with Grader() as grader:
-        source = SampleSource(policy, sampler, grader, args)
-        table, _ = allocation_table(problems, 1, source, args)
+        table, _ = allocation_table(problems, 1, SampleSource(policy, sampler, grader, args), args)
     counts, ratio = table["counts"], describe_table(table, args)["predicted_variance"]
     table["p"] = table["num_right"] / table["num_drawn"]
     rows = zip(*(column.tolist() for column in table.values()))
     run.on_rank0(run.append_rows, out, [dict(zip(table, row)) for row in rows])
     run.print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} per problem")
-    run.print0(f"predicted variance against uniform: {ratio and round(ratio, 3)}")
+    shown = "unknown" if ratio is None else f"{ratio:.3f}"
+    run.print0(f"predicted variance against uniform: {shown}")
 
 
 if __name__ == "__main__":

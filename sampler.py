@@ -40,8 +40,8 @@ def load_prompts(spec: str, split: str, tokenizer, args, limit=None) -> list[Pro
     problems, most = [], args.max_prompt_tokens
     for part in spec.split(","):
         problems += load_problems(part, split, limit)
-    problems = [replace(p, prompt_ids=encode_prompt(tokenizer, p)) for p in problems]
-    problems = [replace(p, id=i) for i, p in enumerate(problems)]  # ids count over all parts
+    for i, problem in enumerate(problems):  # ids count over all parts
+        problems[i] = replace(problem, id=i, prompt_ids=encode_prompt(tokenizer, problem))
     fitting = [problem for problem in problems if len(problem.prompt_ids) <= most]
     if not fitting:
         raise InputError(f"{spec}: every prompt is longer than --max-prompt-tokens {most}")
