@@ -71,7 +71,7 @@ class Sample:
     grader_failed: bool = False  # hung or crashed the grader: counted as wrong
     # Log-probs of the response's tokens, float32 (response,); None where not computed.
     sampler_logprobs: np.ndarray | None = None  # by the sampler, when it drew them
-    old_logprobs: np.ndarray | None = None  # by the policy, before the step's first update
+    old_logprobs: np.ndarray | None = None  # by the policy before the step's updates
     ref_logprobs: np.ndarray | None = None  # by the reference of the KL penalty
     head_grad_norm: float = 0.0  # of the gradient of -ln pi with respect to the output head
     advantage: float = 0.0  # A in the losses of raft.py

@@ -28,8 +28,9 @@ from transformers.utils import cached_file
 from data import BENCHMARKS, SYSTEM_PROMPT, TOY, Grader, InputError, Problem
 from data import encode_prompt, extract_boxed, read_rows
 from model import add_model_flags, load_model
-from run import RunState, append_rows, claim_folder, join_ranks, non_negative, on_every_rank
-from run import on_rank0, parse_flags, positive_int, print0, read_json, run_script, write_json
+from run import RunState, append_rows, claim_folder, deal, join_ranks, non_negative
+from run import on_every_rank, on_rank0, parse_flags, positive_int, print0, read_json
+from run import run_script, write_json
 from sampler import EVALUATION, add_sampler_flags, as_rows, compare_problems, draw, load_prompts
 from sampler import make_sampler
 
@@ -57,7 +58,8 @@ def majority_scores(answers: list[list[str]], scores: np.ndarray, grader) -> np.
         pairs += [(i, one, other) for one, other in combinations(voters, 2)]
     # Sorted, so that each pair of texts is judged once, in one direction.
     texts = [sorted((answers[i][one], answers[i][other])) for i, one, other in pairs]
-    grades = grader([f"\\boxed{{{text}}}" for text, _ in texts], [text for _, text in texts])
+    grades = deal(texts, lambda mine: grader([f"\\boxed{{{text}}}" for text, _ in mine],
+                                             [text for _, text in mine]))
     votes = np.array([[float(answer != "") for answer in group] for group in answers])
     for (i, one, other), (agree, _) in zip(pairs, grades):
         votes[i, one] += agree
@@ -124,9 +126,8 @@ def evaluate(sampler, grader, problems: list[Problem], args: argparse.Namespace)
 
 
 # --- the command ---------------------------------------------------------------------------
-
-GRADER = f"math-verify {importlib.metadata.version('math-verify')}"
 PROTOCOL = "protocol.json"
+GRADER = f"math-verify {importlib.metadata.version('math-verify')}"
 COLUMNS = {"problem": int, "index": int, "response": str, "reference": str, "score": float,
            "grader_failed": bool, "finish_reason": str, "tokens": int}  # beside "answer"
 

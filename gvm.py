@@ -7,6 +7,8 @@ table of a data set: one line per problem, what its samples told of it and how m
 """
 
 import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,19 +113,24 @@ class SampleSource:
     grader: Grader
     args: argparse.Namespace
     stop: run.StopSignal | None = None
+    timer: Callable = nullcontext  # RunState.timer
 
     def draw(self, problems, counts, step, first_index=0, with_norms=False) -> list[Sample]:
         """counts_i samples of problem i, counts: (problems,). Raises Stopped after a signal.
 
-        with_norms: their old_logprobs and head_grad_norm as well, both from one forward pass.
+        with_norms: also old_logprobs and head_grad_norm, both from one forward pass, of all samples
+        that the rule looks at: for `gvm`, the right ones.
         """
         if self.stop is not None and self.stop.on_any_rank():
             raise run.Stopped
         samples = draw(self.sampler, self.grader, problems, counts, first_index=first_index,
                        seed_key=(self.args.seed, TRAINING, step),
-                       temperature=self.args.temperature)
+                       temperature=self.args.temperature, timer=self.timer)
         if with_norms:
-            fill_logprobs(self.policy, samples, self.args.tokens_per_micro_batch, with_norms=True)
+            max_tokens, only_right = self.args.tokens_per_micro_batch, self.args.allocator == "gvm"
+            scored = [sample for sample in samples if sample.reward > 0 or not only_right]
+            with self.timer("score"):
+                fill_logprobs(self.policy, scored, max_tokens, with_norms=True)
         return samples
 
 
@@ -246,14 +253,6 @@ def describe_table(table: dict, args) -> dict:
         "predicted_tokens": float(lengths @ counts / (lengths.sum() * even)),
         "pilot_unsolved": float(np.mean(table["num_right"] == 0)),
     }
-
-
-def sampler_gap(samples: list[Sample]) -> dict:
-    """How far the sampler's log-probs are from the trainer's, over all tokens: mean and largest."""
-    if not samples:
-        return {}
-    gaps = np.concatenate([np.abs(s.old_logprobs - s.sampler_logprobs) for s in samples])
-    return {"sampler_gap": gaps.mean().item(), "sampler_gap_max": gaps.max().item()}
 
 
 def add_table_flags(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from data import TOY, InputError, Problem, encode_prompt
 from run import RunState, digest, gather, number, on_rank0, positive_int, print0, read_json
 from run import remove_old_checkpoints, write_json
 
-HEAD_CHUNK = 512  # tokens whose logits, (tokens, vocabulary) in fp32, are held at once
+HEAD_BYTES = 1 << 30  # of the logits, (tokens, vocabulary) in fp32, that are held at once
 # Config entries by which models change their logits after the head (Gemma 2, Cohere, Granite).
 LOGIT_CHANGES = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling")
 
@@ -113,27 +113,27 @@ class Policy(nn.Module):
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
         _check_head(model)
+        self.head_chunk = max(HEAD_BYTES // (4 * model.get_output_embeddings().out_features), 1)
         if gradient_checkpointing:  # the reentrant kind crashes DDP
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, input_ids, attention_mask, response_mask, with_norms: bool = False):
+    def forward(self, input_ids, response_mask, with_norms: bool = False):
         """(log-probs of the response tokens, gradient norms of the responses or None).
 
-        input_ids, attention_mask, response_mask: (batch, time), padded on the right. Log-probs:
-        (tokens,), row after row. with_norms: also the norm of the gradient of each row's
+        input_ids, response_mask: (batch, time), padded on the right, where no token before looks.
+        Log-probs: (tokens,), row after row. with_norms: also the norm of the gradient of each row's
         -sum_t ln pi(y_t) with respect to W, (batch,); there is then no backward pass.
         """
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda,
                             cache_enabled=False):  # the cache would hold a bf16 copy of the model
-            output = self.model.base_model(
-                input_ids, attention_mask=attention_mask, use_cache=False)
+            output = self.model.base_model(input_ids, use_cache=False)
             is_target = response_mask[:, 1:]  # (batch, time - 1): position t predicts t + 1
             hidden = output.last_hidden_state[:, :-1][is_target]  # (tokens, hidden)
             targets = input_ids[:, 1:][is_target]  # (tokens,)
             if with_norms:
                 return self._logprobs_and_norms(hidden, targets, is_target.sum(dim=1).tolist())
             # The logits of a chunk are computed again in the backward pass, instead of kept.
-            chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
+            chunks = zip(hidden.split(self.head_chunk), targets.split(self.head_chunk))
             logprobs = [checkpoint(self._target_logprobs, *c, use_reentrant=False) for c in chunks]
             return torch.cat(logprobs), None
 
@@ -154,10 +154,11 @@ class Policy(nn.Module):
 
         That is exact for the head; the input path of a tied embedding is left out.
         """
-        logprobs, norms, head = [], [], self.model.get_output_embeddings().weight
+        logprobs, norms, size = [], [], self.head_chunk
+        head = self.model.get_output_embeddings().weight
         for row_hidden, row_targets in zip(hidden.split(lengths), targets.split(lengths)):
             gradient = torch.zeros_like(head, dtype=torch.float32)  # added up over chunks
-            for h, y in zip(row_hidden.split(HEAD_CHUNK), row_targets.split(HEAD_CHUNK)):
+            for h, y in zip(row_hidden.split(size), row_targets.split(size)):
                 log_softmax = self._log_softmax(h)  # (chunk, vocabulary)
                 logprobs.append(log_softmax.gather(1, y[:, None]).squeeze(1))
                 delta = log_softmax.exp_()

@@ -2,13 +2,12 @@
 
     torchrun raft.py                                      # the toy, on a CPU, in minutes
     torchrun raft.py --allocator uniform                  # what GVM is compared with
-    torchrun raft.py --resume                             # go on after an interruption
     torchrun --nproc-per-node 8 raft.py ...               # the paper's run: see README.md
 
 One step, as `train` calls it:
-    draw_step    the E-step, in gvm.py: samples are drawn where they help, and graded
-    train_step   the M-step: weights and old log-probs, then a few times `update`: an optimizer
-                 step on sum_j w_j sum_t loss_jt, over samples j and tokens t
+    draw_step         the E-step, in gvm.py: samples are drawn where they help, and graded
+    prepare_updates   the M-step: what each update trains on, with weights and old log-probs
+    train_step        ... and each `update`: a step on sum_j w_j sum_t loss_jt, samples j, tokens t
 """
 
 import argparse
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import run
 from data import BENCHMARKS, Grader, InputError, Problem, RunError, Sample
 from eval import add_report_flags, evaluate
-from gvm import SampleSource, add_budget_flags, check_budget, draw_step, sampler_gap
+from gvm import SampleSource, add_budget_flags, check_budget, draw_step
 from model import Policy, add_model_flags, distribute, load_model, load_optimizer, micro_batches
 from model import newest_checkpoint, save_checkpoint, whole
 from run import non_negative, number, positive_int
@@ -41,8 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--objective", choices=OBJECTIVES, default="raft", help="an entry of OBJECTIVES")
     add("--loss", choices=LOSSES, default="raft++", help="raft: -A ln pi; raft++: Eq. 8, clipped")
     add("--clip-low", type=non_negative, default=0.2, help="raft++: ratio >= 1 - this, if A < 0")
-    add("--clip-high", type=non_negative, default=0.28,
-        help="raft++: ratio <= 1 + this, if A > 0; the paper: 0.28, and 0.4 to 0.35 with GVM")
+    add("--clip-high", type=non_negative, default=0.28, help="raft++: ratio <= 1 + this, if A > 0")
     add("--kl-coef", type=non_negative, default=0.0, help="of the KL to the initial model")
     add("--truncated-is", type=number(float, low=1), metavar="C",
         help="weigh tokens by min(pi_old / sampler's pi, C); for a sampler_gap above 0.01")
@@ -57,8 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_report_flags(parser)
     add = parser.add_argument_group("run").add_argument
     add("--out", help="folder of the run, seen by all nodes; None: runs/OBJECTIVE-ALLOCATOR-SEED")
-    add("--resume", action="store_true",
-        help="continue from the newest checkpoint in --out, or start if there is none")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any")
     add("--save-every", type=positive_int, default=10, help="steps; the last is always saved")
     add("--keep", type=positive_int, default=2, help="checkpoints kept")
 
@@ -97,10 +94,7 @@ def raft_loss(logprobs, old_logprobs, advantages, args):
 
 
 def clipped_loss(logprobs, old_logprobs, advantages, args):
-    """-min(s A, clip(s, 1 - low, 1 + high) A), s = pi / pi_old: Eq. 8 for A = 1, PPO's for any A.
-
-    It clips only where the policy already moved as A asks: for A = 1 the lower bound is idle.
-    """
+    """-min(s A, clip(s, 1 - low, 1 + high) A), s = pi / pi_old: Eq. 8, and PPO's for any A."""
     low, high = 1 - args.clip_low, 1 + args.clip_high
     ratio = torch.exp(logprobs - old_logprobs)
     losses = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
@@ -117,6 +111,7 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 # What --objective and --loss may name: a function and an entry each. grpo.py adds an objective.
 OBJECTIVES = {"raft": raft_objective}
 LOSSES = {"raft": raft_loss, "raft++": clipped_loss}
+MEANS = ("loss", "clip_fraction", "kl", "sampler_gap")  # what an update adds up over tokens
 
 # --- one step --------------------------------------------------------------------------------
 def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[list[Sample]]:
@@ -129,9 +124,8 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
         weights = loss_weights(part, used, len(ids), args.weighting)
         for sample, advantage, weight in zip(part, advantages, weights):
             sample.advantage, sample.loss_weight = advantage, weight
-        if args.kl_coef == 0:  # without an advantage the loss has no gradient; the KL has one
-            part = [sample for sample in part if sample.advantage != 0]
-        updates.append([sample for sample in part if sample.loss_weight > 0])
+        # Without an advantage the loss has no gradient; the KL has one.
+        updates.append([s for s in part if s.loss_weight > 0 and (s.advantage or args.kl_coef)])
     return updates
 
 
@@ -141,21 +135,24 @@ def per_token(samples: list[Sample], name: str, device: torch.device) -> torch.T
     return torch.from_numpy(np.concatenate(rows)).to(device, torch.float32)
 
 
-def micro_batch_loss(learner, batch: list[Sample], args) -> tuple:
-    """(sum_j w_j sum_t (loss_jt + kl_coef KL_jt), how many tokens are clipped, sum of KL_jt)."""
+def micro_batch_loss(learner, batch: list[Sample], args) -> torch.Tensor:
+    """Sums over tokens, (4,), as in MEANS. The first: sum_j w_j sum_t (loss_jt + kl_coef KL_jt)."""
     device = learner.device
     logprobs, _ = learner(**collate(batch, device))  # (tokens,), like all that follow
-    old_logprobs = per_token(batch, "old_logprobs", device)
+    old_logprobs = logprobs.detach()  # in the first update: see prepare_updates
+    if batch[0].old_logprobs is not None:
+        old_logprobs = per_token(batch, "old_logprobs", device)
+    gaps = old_logprobs - per_token(batch, "sampler_logprobs", device)
     advantages = per_token(batch, "advantage", device)
     weights = per_token(batch, "loss_weight", device)
     if args.truncated_is is not None:  # the samples come from a slightly different policy
-        gaps = old_logprobs - per_token(batch, "sampler_logprobs", device)
         weights = weights * gaps.exp().clamp(max=args.truncated_is)
     losses, clipped = LOSSES[args.loss](logprobs, old_logprobs, advantages, args)
     kl = torch.zeros_like(losses)
     if args.kl_coef > 0:
         kl = kl_k3(logprobs, per_token(batch, "ref_logprobs", device))
-    return (weights * (losses + args.kl_coef * kl)).sum(), clipped.sum(), kl.sum()
+    loss = weights * (losses + args.kl_coef * kl)
+    return torch.stack([loss.sum(), clipped.sum(), kl.detach().sum(), gaps.abs().sum()])
 
 
 def micro_batches_here(learner, samples: list[Sample], max_tokens: int):
@@ -174,42 +171,44 @@ def update(learner, optimizer, samples: list[Sample], args) -> dict:
     if not samples:
         return {"updates_empty": 1}  # on a gradient of 0 AdamW would still move
     ranks, num_tokens = dist.get_world_size(), sum(len(s.response_ids) for s in samples)
-    totals = torch.zeros(3, dtype=torch.float64)  # loss, share of clipped tokens, mean KL
+    totals = torch.zeros(len(MEANS), dtype=torch.float64)
     learner.train()
     optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets: keep them
     for batch, counted in micro_batches_here(learner, samples, args.tokens_per_micro_batch):
-        loss, clipped, kl = micro_batch_loss(learner, batch, args)
-        (counted * ranks * loss).backward()  # which takes the mean over ranks; we want the sum
-        terms = torch.stack([loss, clipped / num_tokens, kl / num_tokens]).detach()
-        totals += counted * terms.cpu()
+        sums = micro_batch_loss(learner, batch, args)
+        (counted * ranks * sums[0]).backward()  # which takes the mean over ranks; we want the sum
+        totals += counted * sums.detach().cpu()
     dist.all_reduce(totals)
     norm = whole(torch.nn.utils.clip_grad_norm_(learner.parameters(), args.grad_clip))
     if not torch.isfinite(norm):
         return {"updates_not_finite": 1}
     optimizer.step()
-    loss, share, kl = totals.tolist()
-    return {"updates": 1, "loss": loss, "clip_fraction": share, "kl": kl, "grad_norm": norm.item()}
+    totals[1:] /= num_tokens  # the loss is a sum already
+    return {"updates": 1, "grad_norm": norm.item()} | dict(zip(MEANS, totals.tolist()))
 
 
-def train_step(learner, optimizer, reference, *, problems, samples, stop, args) -> dict:
-    """The M-step: log-probs of the step's samples, then updates; returns metrics for the log."""
+def prepare_updates(learner, reference, problems, samples, args) -> list[list[Sample]]:
+    """split_updates, and the log-probs that the updates need."""
     updates, max_tokens = split_updates(problems, samples, args), args.tokens_per_micro_batch
-    trained = sum(updates, [])
-    # All updates of a step share one old policy, the one before them.
-    missing = [sample for sample in trained if sample.old_logprobs is None]
-    fill_logprobs(learner, missing, max_tokens)
+    for sample in updates[0]:
+        sample.old_logprobs = None  # its update begins at the old policy, and has its own
+    later = [sample for sample in sum(updates[1:], []) if sample.old_logprobs is None]
+    fill_logprobs(learner, later, max_tokens)
     if reference is not None:
-        fill_logprobs(reference, trained, max_tokens, into="ref_logprobs")
+        fill_logprobs(reference, sum(updates, []), max_tokens, into="ref_logprobs")
+    return updates
+
+
+def train_step(learner, optimizer, updates: list[list[Sample]], args) -> dict:
+    """The updates of a step; returns metrics for the log."""
     sums = Counter()  # a name that is missing counts 0
-    for i, part in enumerate(updates):
-        if i > 0 and stop.on_any_rank():
-            break  # the others are left out
+    for part in updates:
         sums.update(update(learner, optimizer, part, args))
     if args.fsdp:  # DDP's gradients stay: they are views of its buckets
         optimizer.zero_grad()
-    for name in ("loss", "clip_fraction", "kl", "grad_norm"):
+    for name in (*MEANS, "grad_norm"):
         sums[name] = sums[name] / sums["updates"] if sums["updates"] else None
-    return dict(sums) | sampler_gap(trained)
+    return dict(sums)
 
 
 def watch(state: run.RunState, metrics: dict) -> None:
@@ -238,8 +237,7 @@ def load(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
     problems = load_prompts(args.data, args.split, tokenizer, args)
     eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args)
     if not args.updates_per_step <= args.prompts_per_step <= len(problems):
-        raise InputError("--prompts-per-step must lie between --updates-per-step and the number "
-                         f"of problems, {len(problems)}")
+        raise InputError(f"--prompts-per-step: from --updates-per-step to {len(problems)} problems")
     return policy, reference, tokenizer, problems, eval_problems
 
 
@@ -266,7 +264,7 @@ def train(args: argparse.Namespace) -> None:
 
     with lock, Grader() as grader:
         sampler = make_sampler(policy.model, tokenizer, args)
-        source = SampleSource(policy, sampler, grader, args, stop)
+        source = SampleSource(policy, sampler, grader, args, stop, state.timer)
         run.on_rank0(run.start_log, out, args, state.log_bytes)
         with suppress(run.Stopped):  # from draw_step, after a signal: the step is given up
             for step in tqdm(range(state.step + 1, args.steps + 1), disable=dist.get_rank() > 0):
@@ -274,9 +272,10 @@ def train(args: argparse.Namespace) -> None:
                 if step > 0:  # step 0 is the evaluation before training
                     with state.timer("sample"):  # the E-step
                         batch, samples, metrics = draw_step(problems, step, state, source, args)
-                    with state.timer("train"):  # the M-step
-                        metrics |= train_step(learner, optimizer, reference, problems=batch,
-                                              samples=samples, stop=stop, args=args)
+                    with state.timer("score"):  # the M-step
+                        updates = prepare_updates(learner, reference, batch, samples, args)
+                    with state.timer("train"):
+                        metrics |= train_step(learner, optimizer, updates, args)
                 state.step = step
                 if (step % args.eval_every == 0 or step == args.steps) and not stop.on_any_rank():
                     with state.timer("eval"):
@@ -284,7 +283,8 @@ def train(args: argparse.Namespace) -> None:
                 run.on_rank0(run.write_log, out, state, metrics)
                 run.on_every_rank(watch, state, metrics)
                 if step > 0 and step % args.save_every == 0:
-                    save()
+                    with state.timer("save"):
+                        save()
         save()  # the last step, or the last before a signal
     run.print0(f"saved in {out}/checkpoints")
 

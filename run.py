@@ -67,10 +67,9 @@ def run_script(main) -> None:
     try:
         main()
     except (InputError, RunError) as error:
-        rank = os.environ.get("RANK", "0")
-        at_rank = "" if rank == "0" else f" on rank {rank}"
-        line = " ".join(str(error).split())  # a name in it may hold a line break
-        print(f"{Path(sys.argv[0]).name}: error{at_rank}: {line}", file=sys.stderr)
+        at_rank = f" on rank {os.environ['RANK']}" if int(os.environ.get("RANK", 0)) > 0 else ""
+        words = str(error).split()  # one line, though a name in it may hold a line break
+        print(f"{Path(sys.argv[0]).name}: error{at_rank}:", *words, file=sys.stderr)
         error.__traceback__ = error.__cause__ = None  # the line is enough for torchrun's report
         get_error_handler().record_exception(error)
         sys.exit(2 if isinstance(error, InputError) else 1)
@@ -86,8 +85,8 @@ def join_ranks() -> torch.device:
     """Join torchrun's process group, or be a group of one; returns this rank's device."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-             "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+             "MASTER_PORT": "0"}
     missing = alone.keys() - os.environ.keys()
     if missing and os.environ.get("WORLD_SIZE", "1") != "1":  # it would wait for other ranks
         raise InputError(f"WORLD_SIZE is set in the environment, but not {sorted(missing)[0]}: "
@@ -125,6 +124,13 @@ def gather(items: list) -> list:
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, items)
     return sum(parts, [])
+
+
+def deal(items: list, function) -> list:
+    """function(items), which returns a list, for all ranks: each computes a share of it."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parts = gather([function(items[rank::ranks])])
+    return [parts[i % ranks][i // ranks] for i in range(len(items))]
 
 
 def on_every_rank(function, *arguments):
@@ -174,11 +180,9 @@ class StopSignal:
 
 
 # --- the folder of a run ---------------------------------------------------------------------
-
 # What the log counts from the start of the run; all other metrics are of one step.
 TOTALS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures")
-PHASES = ("sample", "train", "eval")  # what its seconds are for
-PACKAGES = ("torch", "transformers", "numpy", "math-verify")  # whose versions are recorded
+PHASES = ("sample", "grade", "score", "train", "eval", "save")  # what its seconds are for
 SHOWN = "step samples accept_rate predicted_variance loss eval_accuracy seconds".split()
 
 
@@ -198,17 +202,15 @@ class RunState:
 
     @contextmanager
     def timer(self, phase: str):
-        """Add the time that the `with` block takes to the seconds of this phase."""
-        start = time.perf_counter()
+        """Add the time that the `with` block takes, without phases inside it, to this phase's."""
+        start, before = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[phase] += time.perf_counter() - start
+        inside = sum(self.seconds.values()) - before
+        self.seconds[phase] += time.perf_counter() - start - inside
 
 
 def claim_folder(out: Path, record: str, resume: bool):
-    """Make `out`, and lock it for the `with` block of what this returns. Called on all ranks.
-
-    InputError if it holds a `record` but `resume` is not set, or another process is running there.
-    """
+    """Make `out`, locked for a `with` block; InputError if a run is there, or was: see `record`."""
 
     def lock_folder():
         if (out / record).exists() and not resume:
@@ -260,7 +262,7 @@ def start_log(out: Path, args: argparse.Namespace, log_bytes: int) -> None:
         changed = [name for name, value in vars(args).items() if value != before.get(name)]
         if changed:
             print0(f"warning: resumed with other values of {', '.join(changed)} than before")
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {found.name: found.version for found in importlib.metadata.distributions()}
     write_json(record, {"flags": vars(args), "versions": versions})
     with log.open("ab") as file:
         file.truncate(min(log_bytes, file.tell()))
@@ -270,12 +272,10 @@ def write_log(out: Path, state: RunState, metrics: dict) -> None:
     """Add up the TOTALS, append a line to log.jsonl, and print its main figures."""
     for name in TOTALS:
         state.totals[name] += metrics.get(name, 0)
-    line = {"step": state.step, **metrics, **state.totals}
+    line = {"step": state.step, **metrics, **state.totals, "seconds": sum(state.seconds.values())}
     line |= {f"seconds_{phase}": value for phase, value in state.seconds.items()}
-    line["seconds"] = sum(state.seconds.values())
-    for name, value in line.items():
-        if value is not None and not math.isfinite(value):
-            line[name] = None  # JSON has no NaN
+    # JSON has no NaN.
+    line = {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
     state.log_bytes = append_rows(out / "log.jsonl", [line])
     known = [name for name in SHOWN if line.get(name) is not None]
     print0("  ".join(f"{name} {line[name]:.4g}" for name in known))

@@ -9,6 +9,7 @@ import argparse
 import atexit
 import importlib.util
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import InputError, Problem, Sample, digest_problems, encode_prompt, extract_boxed
 from data import load_problems
 from model import Policy, micro_batches, whole
-from run import RunState, gather, number, on_every_rank, positive_int, print0
+from run import RunState, deal, gather, number, on_every_rank, positive_int, print0
 
 TRAINING, EVALUATION, ORDER = 0, 1, 2  # what random numbers are for: a part of their seed
 
@@ -133,7 +134,7 @@ class HfSampler:
 
 
 class VllmSampler:
-    """One vLLM engine per rank, in the trainer's process, given the trainer's weights every time.
+    """One vLLM engine per rank, in the trainer's process.
 
     On a CPU each sample has a seed of its own. On CUDA that would bypass vLLM's fast sampling
     kernel, for nothing, since rounding depends on the batch there anyway: a call has one seed.
@@ -168,7 +169,7 @@ class VllmSampler:
         self.llm.sleep(level=2)  # gives the memory to the trainer; keeps neither weights nor cache
 
     def sync(self) -> None:
-        """Wake up with the trainer's weights, and without keys and values of earlier ones."""
+        """Wake up with the trainer's weights, without keys and values of earlier ones."""
         torch.cuda.empty_cache()  # what the trainer has freed; nothing on a CPU
         self.llm.wake_up(tags=["weights"])
         weights = ((name, whole(tensor)) for name, tensor in self.model.named_parameters())
@@ -188,9 +189,10 @@ class VllmSampler:
             stop_token_ids=self.end_ids, ignore_eos=True,  # EOS is among the stop tokens
             logprobs=0,  # of the sampled token only
         ) for seed in seeds]
-        if self.cuda and seeds:  # or a resumed run would draw the first steps' numbers again
+        if self.cuda and seeds:  # else a resumed run draws the first steps' numbers again
             torch.cuda.manual_seed(seeds[0])
-        results = self.llm.generate(requests, params, use_tqdm=False)
+        shows_bar = dist.get_rank() == 0 and len(requests) > 1000  # it takes long
+        results = self.llm.generate(requests, params, use_tqdm=shows_bar)
         self.llm.sleep(level=2)
         return [_response(result.outputs[0]) for result in results]
 
@@ -222,32 +224,30 @@ def make_sampler(model, tokenizer, args):
 
 
 def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[int, ...],
-         temperature: float, first_index=0) -> list[Sample]:
+         temperature: float, first_index=0, timer=nullcontext) -> list[Sample]:
     """Draw counts[i] graded samples of problems[i]: the same list, in their order, on every rank.
 
-    counts: (problems,). seed_key: (seed, purpose, step). first_index: the number of the first
-    sample of each problem, one for all or (problems,). Requests are dealt to the ranks in turn: the
+    counts: (problems,). seed_key: (seed, purpose, step). first_index: of each problem's samples,
+    one for all or (problems,). timer: RunState's, or none. Ranks take turns in the requests: the
     samples of a hard problem are many and long, too many for one rank.
     """
-    first_indices = np.broadcast_to(first_index, len(problems)).tolist()
-    requests = []  # (problem, index of the sample)
-    for problem, first, count in zip(problems, first_indices, counts):
-        requests += [(problem, first + j) for j in range(count)]
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = requests[rank::ranks]
-    seeds = [_seed(*seed_key, problem.id, index) for problem, index in mine]
-    responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature)
-    texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, _, _ in responses]
-    grades = grader(texts, [problem.answer for problem, _ in mine])
-    samples = []
-    for (problem, index), response, text, (reward, failed) in zip(mine, responses, texts, grades):
-        response_ids, logprobs, finished = response
-        samples.append(Sample(
-            problem=problem.id, index=index, prompt_ids=problem.prompt_ids,
-            response_ids=response_ids, finished=finished, text=text, reward=reward,
-            grader_failed=failed, sampler_logprobs=logprobs))
-    parts = gather([samples])  # by rank
-    return [parts[i % ranks][i // ranks] for i in range(len(requests))]
+    firsts = np.broadcast_to(first_index, len(problems)).tolist()
+    requests = [(problem, first + j) for problem, first, count in zip(problems, firsts, counts)
+                for j in range(count)]
+
+    def draw_mine(mine: list[tuple[Problem, int]]) -> list[Sample]:
+        seeds = [_seed(*seed_key, problem.id, index) for problem, index in mine]
+        responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature)
+        texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, _, _ in responses]
+        with timer("grade"):
+            grades = grader(texts, [problem.answer for problem, _ in mine])
+        return [
+            Sample(problem.id, index, problem.prompt_ids, response_ids=ids, finished=finished,
+                   text=text, reward=reward, grader_failed=failed, sampler_logprobs=logprobs)
+            for (problem, index), (ids, logprobs, finished), text, (reward, failed)
+            in zip(mine, responses, texts, grades)]
+
+    return deal(requests, draw_mine)
 
 
 def _seed(*key: int) -> int:
@@ -266,12 +266,11 @@ def as_rows(samples: list[Sample], problems: list[Problem]) -> list[dict]:
 
 
 def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
-    """Policy's inputs: input_ids, attention_mask, response_mask, (batch, time) each."""
-    rows = {"input_ids": [], "attention_mask": [], "response_mask": []}
+    """Policy's inputs: input_ids and response_mask, (batch, time) each."""
+    rows = {"input_ids": [], "response_mask": []}
     for sample in samples:
         ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids])).long()
         rows["input_ids"].append(ids)
-        rows["attention_mask"].append(torch.ones_like(ids))
         rows["response_mask"].append(torch.arange(len(ids)) >= len(sample.prompt_ids))
     return {name: pad_sequence(row, batch_first=True).to(device) for name, row in rows.items()}
 

@@ -27,13 +27,17 @@ from model import load_model
 from sampler import load_prompts
 
 ROOT = Path(__file__).parents[1]
-STOP = SimpleNamespace(on_any_rank=lambda: False)  # no signal has come
 SHARED = ROOT.parent / "shared" / "data"  # published files, where they are at hand
 
 
 def flags(*words: str) -> Namespace:
     """The flags of raft.py, with their defaults."""
     return run.parse_flags(list(map(str, words)), raft.__doc__, raft.add_flags)
+
+
+def m_step(learner, optimizer, problems, samples, args, reference=None) -> dict:
+    """The M-step, as raft.train does it: metrics."""
+    return raft.train_step(learner, optimizer, raft.prepare_updates(learner, reference, problems, samples, args), args)
 
 
 def make_sample(problem: int, reward: float, response: list[int], prompt=(5, 6, 7), **fields) -> Sample:

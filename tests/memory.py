@@ -115,8 +115,7 @@ def activation_bytes(config_json: str, rows: int, time: int, training: bool, che
             ids = torch.zeros(rows, time, dtype=torch.long)
             with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=bf16,
                                                                          cache_enabled=False):
-                # Rows without padding need no mask, and less memory; of fake ones that is not known.
-                output = model.base_model(ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                output = model.base_model(ids, use_cache=False)
                 loss = output.last_hidden_state[:, :-1].flatten(0, 1).square().sum()  # keeps the states, as a head does
             del output
             if training:
@@ -143,10 +142,10 @@ def phases(config, gpus: int, fsdp: bool, args) -> dict[str, dict[str, float]]:
     whole_root = FP32 * root * fsdp + reference_root
     two_layers = 2 * FP32 * layer * fsdp
     longest = args.max_prompt_tokens + args.max_response_tokens
-    measure = functools.partial(activation_bytes, config.to_json_string(use_diff=False),
-                                max(args.tokens_per_micro_batch // longest, 1), longest)
+    rows = max(args.tokens_per_micro_batch // longest, 1)  # of a micro-batch
+    measure = functools.partial(activation_bytes, config.to_json_string(use_diff=False), rows, longest)
     # Logits, logits / T and log_softmax live at once; going backward, log_softmax and two gradients.
-    logits = 3 * policy_module.HEAD_CHUNK * vocabulary * FP32
+    logits = 3 * min(policy_module.HEAD_BYTES, rows * longest * vocabulary * FP32)
     engine = args.vllm_memory * args.gpu_gigabytes * 1e9
     return {
         "sampling": idle | {"FSDP2's gathered weights": whole_root, "engine's weights, bf16": BF16 * total,

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from conftest import flags, make_sample
+from conftest import flags, m_step, make_sample
 
 import grpo  # noqa: F401 (adds its objective)
 from data import Grader, InputError, Problem
 from model import Policy, distribute, load_model, load_optimizer, newest_checkpoint, save_checkpoint, whole
-from raft import train_step
-from run import RunState, StopSignal, gather, join_ranks, on_every_rank, run_script
+from raft import split_updates, train_step
+from run import RunState, gather, join_ranks, on_every_rank, run_script
 from sampler import HfSampler, compare_problems, draw, fill_logprobs, load_prompts
 
 PLACE = ("WORLD_SIZE", "GROUP_RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")  # what torchrun tells a rank
@@ -49,8 +49,9 @@ def one_update(samples: list, args) -> dict:
     for sample in samples:  # off-policy, so that ratios and clips matter
         sample.old_logprobs = sample.old_logprobs + 0.3 * (sample.problem - 3)
     problems = [Problem(i, "", "") for i in range(7)]
-    metrics = train_step(learner, optimizer, reference, problems=problems, samples=samples,
-                         stop=StopSignal(), args=args)
+    updates = split_updates(problems, samples, args)
+    fill_logprobs(reference, sum(updates, []), args.tokens_per_micro_batch, into="ref_logprobs")
+    metrics = train_step(learner, optimizer, updates, args)
     assert all((p.grad is None) == args.fsdp for p in policy.parameters())  # DDP's buckets stay
     parameters = {name: whole(p.detach()).clone() for name, p in policy.named_parameters()}
     return scored | gradients | parameters | metrics
@@ -64,8 +65,7 @@ def update_and_save(out: Path, args) -> None:
     learner, optimizer = distribute(policy, args.fsdp), torch.optim.AdamW(policy.parameters(), lr=1e-3)
     if checkpoint:
         load_optimizer(checkpoint, model, optimizer)
-    train_step(learner, optimizer, None, problems=[Problem(i, "", "") for i in range(7)],
-               samples=toy_samples(tokenizer), stop=StopSignal(), args=args)
+    m_step(learner, optimizer, [Problem(i, "", "") for i in range(7)], toy_samples(tokenizer), args)
     state.step = max(state.step, 0) + 1
     save_checkpoint(out, state, model, optimizer, tokenizer, 2)
 

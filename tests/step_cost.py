@@ -22,7 +22,7 @@ from transformers import AutoConfig  # noqa: E402
 
 import raft  # noqa: E402 (the project's modules lie one folder up)
 import run  # noqa: E402
-from model import HEAD_CHUNK  # noqa: E402
+from model import HEAD_BYTES  # noqa: E402
 
 GIGA, TERA = 1e9, 1e12
 
@@ -78,11 +78,17 @@ def step_cost(config, args) -> dict[str, tuple[float, float, float]]:
     costs["weights to the engine"] = (0.0, calls * (FP32 + BF16) * total, calls * FP32 * total * others * args.fsdp)
 
     with_norms = own * scored_share(args) + pilot / args.gpus
-    without = own * args.trained_share * (1 - scored_share(args))
+    if args.allocator == "gvm":  # right samples only
+        with_norms *= args.trained_share
+    # The others' log-probs; a step's first update has its own.
+    later = 1 - 1 / args.updates_per_step
+    without = own * args.trained_share * (1 - scored_share(args)) * later
     reference = own * args.trained_share * (args.kl_coef > 0)
-    chunks = (with_norms + without + reference) * response / HEAD_CHUNK
+    chunk = HEAD_BYTES / FP32 / text.vocab_size  # tokens; for norms, of one sample
+    # A chunk reads the head. For norms it also writes a gradient, and adds it to the sum over chunks.
+    heads_read = 4 * with_norms * max(response / chunk, 1) + (without + reference) * response / chunk
     costs["scoring"] = ((with_norms + without + reference) * whole_pass + with_norms * 2 * head * response,
-                        chunks * FP32 * head, 0.0)
+                        heads_read * FP32 * head, 0.0)
 
     trained = own * args.trained_share
     # Backward takes twice the forward pass. What is not kept is computed again: the head; with --gradient-checkpointing
@@ -95,7 +101,7 @@ def step_cost(config, args) -> dict[str, tuple[float, float, float]]:
     else:  # an all-reduce sends a tensor twice
         sent = args.updates_per_step * 2 * FP32 * total * others
     costs["training"] = (trained * (3 * whole_pass + again),
-                         micro_batches * 3 * FP32 * total + 4 * FP32 * head * trained * response / HEAD_CHUNK,
+                         micro_batches * 3 * FP32 * total + 4 * FP32 * head * trained * response / chunk,
                          sent if args.gpus > 1 else 0.0)
     held = total / (args.gpus if args.fsdp else 1)
     # AdamW reads weight, gradient and two moments, and writes all but the gradient.

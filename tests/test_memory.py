@@ -83,10 +83,15 @@ def test_what_fsdp_gathers_by_hand():
     assert [kinds["FSDP2's gathered weights"] for kinds in without.values()][::3] == [4 * ROOT, 0]
 
 
+def test_the_chunk_of_logits_ends_at_a_gibibyte():
+    large = memory.phases(config_of(vocab_size=151_936), 1, False, flags())
+    assert large["training"]["chunk of logits"] == 3 << 30
+
+
 def test_head_and_engine_by_hand():
     found = memory.phases(config_of(), 1, False, flags("--vllm-memory", 0.5, "--gpu-gigabytes", 3))
     for phase in ("scoring", "training"):
-        assert found[phase]["chunk of logits"] == 3 * 512 * 40 * 4
+        assert found[phase]["chunk of logits"] == 3 * 128 * 128 * 40 * 4  # 16,384 tokens: far from a gibibyte
     assert found["scoring"]["norm's buffers"] == 40 * 16 * (4 + 2)
     assert found["training"]["head's gradient"] == 2 * 40 * 16 * 2
     assert found["sampling"]["engine's weights, bf16"] == 2 * P
@@ -133,7 +138,7 @@ def test_autocast_s_copies_are_counted(training):
     """The body alone, with more weights than activations: Policy turns autocast off on CPUs."""
     config = AutoConfig.from_pretrained(TOY)
     policy, batch = policy_of(config), batch_of(2, 30, 262)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
 
     def body():
         with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -147,7 +152,8 @@ def test_autocast_s_copies_are_counted(training):
     assert (predicted > all_copies) == training  # the backward pass needs them; without one they go at once
 
 
-def test_chunks_of_logits_take_what_is_predicted():
+def test_chunks_of_logits_take_what_is_predicted(monkeypatch):
+    monkeypatch.setattr(model_module, "HEAD_BYTES", 512 * 4 * 8000)
     config = config_of(vocab_size=8000)
     policy, batch = policy_of(config), batch_of(2, 300, 8000)
     kinds = memory.phases(config, 1, False, flags())["training"]
@@ -156,7 +162,7 @@ def test_chunks_of_logits_take_what_is_predicted():
 
 
 def test_the_norm_s_buffers_take_what_is_predicted(monkeypatch):
-    monkeypatch.setattr(model_module, "HEAD_CHUNK", 4)
+    monkeypatch.setattr(model_module, "HEAD_BYTES", 4 * 4 * 4000)
     config = config_of(vocab_size=4000, hidden_size=256)
     policy, batch = policy_of(config), batch_of(2, 12, 4000)
     kinds = memory.phases(config, 1, False, flags())["scoring"]
@@ -166,12 +172,14 @@ def test_the_norm_s_buffers_take_what_is_predicted(monkeypatch):
     assert on_a_cpu + kinds["chunk of logits"] / 3 == pytest.approx(peak, rel=0.1)
 
 
-def test_activations_grow_with_the_micro_batch_and_nothing_else_does():
+def test_activations_and_logits_grow_with_the_micro_batch_and_nothing_else_does():
     found = [memory.phases(config_of(), 1, False, flags("--tokens-per-micro-batch", tokens))
              for tokens in (1, 128, 255, 256, 512)]  # rows of 128 tokens
     for phase in ("scoring", "training"):
         sizes = [kinds[phase].pop("activations") for kinds in found]
         assert sizes[0] == sizes[1] == sizes[2] < sizes[3] < sizes[4]
+        logits = [kinds[phase].pop("chunk of logits") for kinds in found]
+        assert logits == [3 * tokens * 40 * 4 for tokens in (128, 128, 128, 256, 512)]
     assert all(kinds == found[0] for kinds in found)
 
 

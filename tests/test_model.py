@@ -44,7 +44,7 @@ def plain_logprobs(policy: Policy, sample, detach: bool = False) -> torch.Tensor
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_norms_equal_autograd_s(monkeypatch, tied, temperature):
-    monkeypatch.setattr(model_module, "HEAD_CHUNK", 3)
+    monkeypatch.setattr(model_module, "HEAD_BYTES", 3 * 4 * 40)  # three tokens of a vocabulary of 40
     policy, samples = tiny_policy(tied, temperature), tiny_samples()
     logprobs, norms = policy(**collate(samples, torch.device("cpu")), with_norms=True)
     plain = [plain_logprobs(policy, sample) for sample in samples]
@@ -56,7 +56,7 @@ def test_logprobs_and_norms_equal_autograd_s(monkeypatch, tied, temperature):
 
 
 def test_gradients_equal_autograd_s_with_and_without_gradient_checkpointing(monkeypatch):
-    monkeypatch.setattr(model_module, "HEAD_CHUNK", 3)
+    monkeypatch.setattr(model_module, "HEAD_BYTES", 3 * 4 * 40)  # three tokens of a vocabulary of 40
     samples, gradients = tiny_samples(), []
     for checkpointing in (False, True):
         policy = Policy(tiny_policy(tied=True).model, 0.7, gradient_checkpointing=checkpointing).train()
@@ -72,7 +72,7 @@ def test_gradients_equal_autograd_s_with_and_without_gradient_checkpointing(monk
 
 
 def test_logits_of_all_tokens_are_never_held(monkeypatch):
-    monkeypatch.setattr(model_module, "HEAD_CHUNK", 8)
+    monkeypatch.setattr(model_module, "HEAD_BYTES", 8 * 4 * 40)
     policy, samples, saved = tiny_policy(tied=False), tiny_samples(), []
     tokens = sum(len(sample.response_ids) for sample in samples)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    SMALL, STOP, check_killed_and_resumed, check_same_update, check_sigterm_saves_the_step_and_exits, flags, make_sample,
+    SMALL, check_killed_and_resumed, check_same_update, check_sigterm_saves_the_step_and_exits, flags, m_step, make_sample,
     parameters, read_log, run_script,
 )
 from transformers import AutoTokenizer
@@ -149,7 +149,7 @@ def unchanged(policy, before) -> bool:
 def test_a_step_without_right_samples_changes_nothing(small):
     policy, ddp_policy, optimizer, before = small
     wrong, problems = [make_sample(i, 0.0, [9, 9]) for i in range(2)], [Problem(i, "", "") for i in range(2)]
-    metrics = train_step(ddp_policy, optimizer, None, problems=problems, samples=wrong, stop=STOP, args=flags())
+    metrics = m_step(ddp_policy, optimizer, problems, wrong, flags())
     assert (metrics.get("updates", 0), metrics["updates_empty"], metrics["loss"]) == (0, 2, None)
     assert unchanged(policy, before)
 
@@ -180,11 +180,29 @@ def test_all_updates_of_a_step_share_the_policy_from_before_it(small):
     problems, samples = [Problem(i, "", "") for i in range(3)], [make_sample(i, 1.0, [9, 8, 7]) for i in range(3)]
     expected = policy(**collate(samples, torch.device("cpu")))[0].detach().split(3)
     args = flags("--updates-per-step", 3)
-    metrics = train_step(ddp_policy, optimizer, None, problems=problems, samples=samples, stop=STOP, args=args)
+    metrics = m_step(ddp_policy, optimizer, problems, samples, args)
     assert metrics["updates"] == 3 and not unchanged(policy, before)
-    for sample, logprobs in zip(samples, expected):
+    assert samples[0].old_logprobs is None  # the first update takes its own
+    for sample, logprobs in zip(samples[1:], expected[1:]):
         assert sample.old_logprobs == pytest.approx(logprobs.numpy(), abs=1e-5)
     assert metrics["loss"] < -1.01  # on its own policy, each update's would be -1
+
+
+@pytest.mark.parametrize("words", [[], ["--loss", "raft"], ["--truncated-is", 2]])
+def test_the_first_update_needs_no_scoring(device, words):
+    """Without old log-probs it is the update that it would be with those of the policy before it."""
+    found = []
+    for scored in (True, False):
+        policy = Policy(load_model(flags(), device)[0])
+        samples = [make_sample(i, 1.0, [9, 8, 7 + i], sampler_logprobs=np.full(3, -1.0, np.float32), advantage=1.0,
+                               loss_weight=0.5) for i in range(3)]
+        if scored:
+            fill_logprobs(policy, samples, 1000)
+        metrics = update(distribute(policy), torch.optim.SGD(policy.parameters(), lr=0.1), samples, flags(*words))
+        found.append(metrics | {name: p.detach().clone() for name, p in policy.named_parameters()})
+    assert found[0]["sampler_gap"] > 1
+    for name, value in found[0].items():
+        assert np.allclose(value, found[1][name], rtol=1e-5, atol=1e-6), name
 
 
 @pytest.mark.parametrize(("loss", "cap"), [("raft++", None), ("raft++", 2.0), ("raft", 1.5)])
@@ -195,11 +213,10 @@ def test_truncated_importance_weights_by_hand(small, loss, cap):
     samples = [make_sample(i, 1.0, [9] * len(ratio), old_logprobs=o, sampler_logprobs=o - np.log(ratio))
                for i, (ratio, o) in enumerate(zip(ratios, old))]
     args = flags("--updates-per-step", 1, "--loss", loss, *(["--truncated-is", cap] if cap else []))
-    problems = [Problem(i, "", "") for i in range(2)]
-    metrics = train_step(ddp_policy, optimizer, None, problems=problems, samples=samples, stop=STOP, args=args)
+    updates = split_updates([Problem(i, "", "") for i in range(2)], samples, args)
+    metrics = train_step(ddp_policy, optimizer, updates, args)
     gaps = np.abs(np.log(np.concatenate(ratios)))
     assert metrics["sampler_gap"] == pytest.approx(gaps.mean())
-    assert metrics["sampler_gap_max"] == pytest.approx(gaps.max())
     assert metrics["updates"] == 1 and not unchanged(policy, before)
     # Two prompts of one right sample, with a mean length of 2: a weight of 1/4, times what the cap leaves of the ratio.
     weights = np.minimum(np.concatenate(ratios), cap) / 4 if cap else np.full(4, 1 / 4)
@@ -228,7 +245,7 @@ def train_here(device, tmp_path):
 
 def test_the_temperature_is_that_of_sampler_policy_and_reference(train_here):
     log, _ = train_here("--temperature", 0.7, "--kl-coef", 0.1)
-    assert log[1]["updates"] == 1 and log[1]["sampler_gap_max"] < 1e-4  # the one update began at the initial model
+    assert log[1]["updates"] == 1 and log[1]["sampler_gap"] < 1e-4  # the one update began at the initial model
     assert log[1]["kl"] == pytest.approx(0, abs=1e-7)
 
 
@@ -284,8 +301,8 @@ def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
     (["--model", "missing"], "--model missing: cannot be loaded"),
     (["--samples-per-prompt", 1], "--samples-per-prompt is below --pilot-samples"),
     (["--e-step-every", 2], "add --rounds 1"),
-    (["--prompts-per-step", 100_000], "--prompts-per-step must lie between"),
-    (["--updates-per-step", 40], "--prompts-per-step must lie between --updates-per-step"),
+    (["--prompts-per-step", 100_000], "--prompts-per-step: from"),
+    (["--updates-per-step", 40], "--prompts-per-step: from --updates-per-step"),
     (["--max-prompt-tokens", 1], "every prompt is longer"),
 ])
 def test_bad_input_is_one_line_and_leaves_no_run_behind(device, tmp_path, words, complaint):

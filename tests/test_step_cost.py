@@ -3,7 +3,7 @@
 import pytest
 import step_cost
 import torch
-from conftest import STOP, make_sample
+from conftest import m_step, make_sample
 from memory import parameter_counts
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
@@ -40,8 +40,7 @@ def test_training_takes_the_operations_that_torch_counts(device, checkpointing):
     policy = Policy(load_model(args, device)[0], 1.0, args.gradient_checkpointing)
     learner, optimizer = distribute(policy), torch.optim.SGD(policy.parameters(), lr=0.0)
     with FlopCounterMode(display=False) as counter:
-        raft.train_step(learner, optimizer, None, problems=[Problem(i, "", "") for i in range(4)],
-                        samples=eight_samples(), stop=STOP, args=args)
+        m_step(learner, optimizer, [Problem(i, "", "") for i in range(4)], eight_samples(), args)
     expected = costs("--gpus", 1, *checkpointing)["training"][0]
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
 

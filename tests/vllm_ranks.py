@@ -7,12 +7,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.distributed as dist
-from conftest import flags
+from conftest import flags, m_step
 
 from data import Grader, Problem, encode_prompt
 from model import Policy, distribute, load_model
-from raft import train_step
-from run import StopSignal, join_ranks, run_script
+from run import join_ranks, run_script
 from sampler import HfSampler, draw, fill_logprobs, load_prompts, make_sampler
 
 LONG = "1+" * 135  # with these, prompts share more than 256 tokens: two blocks of vLLM's cache
@@ -46,8 +45,7 @@ def main() -> None:
             return [s.response_ids.tolist() for s in drawn]
 
         def train(samples: list) -> None:
-            train_step(ddp_policy, optimizer, None, problems=problems, samples=samples,
-                       stop=StopSignal(), args=args)
+            m_step(ddp_policy, optimizer, problems, samples, args)
 
         first = sample(problems, [4, 0, 1, 5, 2, 1, 2, 5, 2], 1)  # two ranks share out every problem
         if part == "fail" and dist.get_rank() == 1:
