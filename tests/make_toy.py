@@ -1,6 +1,7 @@
 """Make the toy: a tiny language model that makes mistakes, and the problems it makes them on.
 
-    python tests/make_toy.py        # writes tests/toy/, in about eight minutes on one core
+    python tests/make_toy.py            # writes tests/toy/, in about twenty minutes on one core
+    python tests/make_toy.py --mixes    # only the training files, for the model there; in eleven
 
 The project's scripts run on this toy unless told otherwise, so it has to show on a CPU, in minutes,
 what the methods are about. Three things make that possible:
@@ -13,11 +14,16 @@ what the methods are about. Three things make that possible:
   problem all right samples would be the same text, and there would be nothing to choose between.
 - Difficulty spreads as it does in real data: slips are rare in some operations and frequent in
   others, products of two-digit numbers are beyond the model, a few training answers are wrong.
+
+There are three mixes to train on. In the usual one, train.jsonl, as in practice, most problems
+teach nothing: 45 % are mastered, 25 % hopeless; in hard.jsonl 15 % and 60 %. In spared.jsonl nearly
+all can be learned, so that little is left to save. Which problem is what is measured by sampling.
 """
 
-import json
+import argparse
 import math
 import random
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,9 +33,11 @@ from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from toy_mixes import write_mixes, write_rows
+
 OUT = Path(__file__).parent / "toy"
 SEED = 0
-TRAIN_PROBLEMS, EVAL_PROBLEMS = 2000, 200
+SPARED_PROBLEMS, EVAL_PROBLEMS = 2000, 200
 WRONG_REFERENCES = 0.035  # share of the training problems, as in scraped data sets
 HARD_SHARE, PRODUCT_SHARE = 0.14, 0.25  # problems with a large product, with a small one
 BATCH = 48  # chains an optimizer step
@@ -43,6 +51,9 @@ SLIP_RATES = {
     ("*", False): 0.40,
 }
 SLIP_SIZES = (-10, -2, -1, 1, 2, 10)
+
+MIX_SEED = 1
+FRESH_PROBLEMS = 60_000  # drawn to find short sums and large products among them
 
 PAD, END, USER, ASSISTANT, UNKNOWN = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unk|>"
 BOXED = "\\boxed{"
@@ -146,10 +157,12 @@ def draw_rows(rng: random.Random, count: int) -> list[dict[str, str]]:
     return rows
 
 
-def spoil_references(rows: list[dict[str, str]], rng: random.Random) -> None:
-    """Make a share of the answers wrong, and so far off that no slip leads there."""
-    for row in rng.sample(rows, round(WRONG_REFERENCES * len(rows))):
+def spoil_references(rows: list[dict[str, str]], rng: random.Random) -> list[dict[str, str]]:
+    """Make a share of the answers wrong, so far off that no slip leads there; return their rows."""
+    spoiled = rng.sample(rows, round(WRONG_REFERENCES * len(rows)))
+    for row in spoiled:
         row["answer"] = str(int(row["answer"]) + rng.randint(25, 75))
+    return spoiled
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -225,24 +238,48 @@ def train(
             print(f"{phase} {step + 1:4d}/{steps}  loss {loss:.3f}", flush=True)
 
 
-def main() -> None:
-    torch.set_num_threads(1)  # the sums, and so the weights, depend on the number of threads
-    torch.manual_seed(SEED)
-    rng = random.Random(SEED)
-    rows = draw_rows(rng, EVAL_PROBLEMS + TRAIN_PROBLEMS)
-    held_out = {row["problem"] for row in rows}
-    files = {"eval.jsonl": rows[:EVAL_PROBLEMS], "train.jsonl": rows[EVAL_PROBLEMS:]}
-    spoil_references(files["train.jsonl"], rng)
-
+def make_model(rng: random.Random, held_out: set[str]) -> None:
+    """Train the toy in both phases and write it."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     train(model, tokenizer, rng, held_out, LEARN_STEPS, LEARN_LR, slips=False)
     train(model, tokenizer, rng, held_out, SLIP_STEPS, SLIP_LR, slips=True)
-
     model.save_pretrained(OUT)
     tokenizer.save_pretrained(OUT)
-    for name, problems in files.items():
-        (OUT / name).write_text("".join(json.dumps(row) + "\n" for row in problems))
+
+
+def mix_candidates(
+    exam: list[dict], spared: list[dict], wrong: list[dict], rng: random.Random
+) -> dict[str, list]:
+    """Problems that may belong to each group of a mix; none of them is in the exam."""
+    asked = {row["problem"] for row in exam}
+    fresh = draw_rows(rng, FRESH_PROBLEMS)
+    fresh = [row for row in fresh if row["problem"] not in asked]
+    return {
+        "wrong reference": wrong,
+        "middle": [row for row in spared if row not in wrong],  # the model was not trained on them
+        "mastered": [row for row in fresh if re.fullmatch(r"\d+\+\d+", row["problem"])],
+        "hopeless": [row for row in fresh if re.search(r"\d\d\*\d\d", row["problem"])],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mixes", action="store_true", help="only the training files")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the sums, and so the weights, depend on the number of threads
+    torch.manual_seed(SEED)
+    rng = random.Random(SEED)
+    rows = draw_rows(rng, EVAL_PROBLEMS + SPARED_PROBLEMS)
+    held_out = {row["problem"] for row in rows}
+    exam, spared = rows[:EVAL_PROBLEMS], rows[EVAL_PROBLEMS:]
+    wrong = spoil_references(spared, rng)
+    if not args.mixes:
+        make_model(rng, held_out)
+        write_rows(OUT / "eval.jsonl", exam)
+    write_rows(OUT / "spared.jsonl", spared)
+    rng = random.Random(MIX_SEED)  # a second one: the mixes do not depend on the training above
+    write_mixes(OUT, mix_candidates(exam, spared, wrong, rng), rng)
 
 
 if __name__ == "__main__":
