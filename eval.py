@@ -106,7 +106,7 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-data", default=str(TOY / "eval.jsonl"), help="given like --data")
     add("--eval-split", default="test", help="given like --split")
-    add("--eval-every", type=positive_int, default=5, help="steps; first and last are always run")
+    add("--eval-every", type=positive_int, default=20, help="steps; first and last are always run")
     add("--eval-samples", type=positive_int, default=4, help="k of avg@k; the paper: 8")
     add("--eval-temperature", type=non_negative, default=1.0, help="0: the most likely token")
 

@@ -44,7 +44,7 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("problems and budget").add_argument
     add("--data", default=str(TOY / "train.jsonl"), help="file, benchmark, hub name[:config]; a,b")
     add("--split", default="train", help="split of --data, if it is a hub data set that names none")
-    add("--samples-per-prompt", type=positive_int, default=8, help="mean, a reused pilot included")
+    add("--samples-per-prompt", type=positive_int, default=4, help="mean, a reused pilot included")
     add("--allocator", choices=["uniform", *RULES], default="gvm",
         help="uniform: equal counts; gvm: the paper's rule, for RAFT; reward: for GRPO")
     add("--pilot-samples", type=positive_int, default=2, help="N' per prompt; the paper: 8 or 32")

@@ -45,9 +45,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--truncated-is", type=number(float, low=1), metavar="C",
         help="weigh tokens by min(pi_old / sampler's pi, C); for a sampler_gap above 0.01")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=positive_int, default=30, help="each draws once and updates a few times")
-    add("--prompts-per-step", type=positive_int, default=32, help="the paper: 1024")
-    add("--updates-per-step", type=positive_int, default=2, help="optimizer steps; the paper: 4")
+    add("--steps", type=positive_int, default=60, help="each draws once and updates a few times")
+    add("--prompts-per-step", type=positive_int, default=16, help="the paper: 1024")
+    add("--updates-per-step", type=positive_int, default=1, help="optimizer steps; the paper: 4")
     add("--lr", type=non_negative, default=3e-4, help="of AdamW, constant; the paper: 1e-6")
     add("--weight-decay", type=non_negative, default=0.01, help="of AdamW")
     add("--grad-clip", type=number(float, low=1e-6), default=1.0, help="largest gradient norm")

@@ -39,6 +39,7 @@ from sampler import HfSampler, collate, draw, fill_logprobs, load_prompts  # noq
 
 PROBLEMS, POPULATION, SKETCH, ESTIMATES = 64, 1024, 1024, 600
 
+POOL = ["--data", ROOT / "tests" / "toy" / "spared.jsonl", "--prompts-per-step", PROBLEMS, "--samples-per-prompt", 8]
 ESTIMATORS = {  # the objective, and the rule that fits it
     "log-likelihood": ["--objective", "raft", "--allocator", "gvm"],
     "reward, loo": ["--objective", "grpo", "--allocator", "reward", "--advantage", "loo"],
@@ -118,7 +119,7 @@ def known_counts(pool: Pool, chosen: np.ndarray, args) -> np.ndarray:
 
 def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.ndarray:
     """Independent estimates of the gradient over the chosen problems, as the scripts make them, (ESTIMATES, SKETCH)."""
-    args = flags(*ESTIMATORS[estimator], *RULES[rule], *sys.argv[1:])
+    args = flags(*POOL, *ESTIMATORS[estimator], *RULES[rule], *sys.argv[1:])
     problems, generator = [pool.problems[i] for i in chosen], np.random.default_rng(1)
 
     class FromPool(SampleSource):
@@ -187,7 +188,7 @@ def rarely_solved(pool: Pool) -> None:
 
 def main() -> None:
     """Make the pool and print the tables."""
-    args = flags("--prompts-per-step", PROBLEMS)
+    args = flags(*POOL)
     model, tokenizer = load_model(args, join_ranks())
     problems = problems_of_step(load_prompts(args.data, args.split, tokenizer, args), 1, args)
     with Grader() as grader:

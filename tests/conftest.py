@@ -88,7 +88,7 @@ class Started:
         self.process.wait(timeout=60)
 
 
-SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--pilot-samples", 2, "--eval-samples", 1,
+SMALL = ["--prompts-per-step", 8, "--samples-per-prompt", 4, "--updates-per-step", 2, "--eval-samples", 1,
          "--eval-every", 2, "--save-every", 2, "--keep", 1, "--max-response-tokens", 40, "--kl-coef", 0.01,
          "--gradient-checkpointing", "--steps", 4]  # a run of four steps
 

@@ -111,7 +111,7 @@ def test_rounds_each_take_an_equal_part_and_learn_from_the_last(problems):
 
 
 def test_a_budget_of_tokens_is_what_uniform_would_spend(tools, problems):
-    words = ["--cost", "tokens", "--pilot-samples", 4, "--rounds", 2]
+    words = ["--cost", "tokens", "--samples-per-prompt", 8, "--pilot-samples", 4, "--rounds", 2]
     for reuse in ([], ["--e-step-every", 2, "--rounds", 1]):
         args = flags(*words, *reuse)
         table, _ = allocation_table(problems[:16], 1, SampleSource(*tools, args), args)
@@ -131,10 +131,10 @@ def run_steps(tools, problems, words, steps):
 
 
 def test_a_step_spends_what_it_says(tools, problems):
-    (samples, metrics, _), = run_steps(tools, problems, ["--allocator", "uniform"], 1)
+    (samples, metrics, _), = run_steps(tools, problems, ["--allocator", "uniform", "--samples-per-prompt", 8], 1)
     assert np.bincount([s.problem for s in samples]).max() == 8 and metrics["samples"] == len(samples) == 64
     assert "predicted_variance" not in metrics
-    (samples, metrics, plan), = run_steps(tools, problems, [], 1)  # the pilot is reused, and part of the 64
+    (samples, metrics, plan), = run_steps(tools, problems, ["--samples-per-prompt", 8], 1)  # the pilot is reused, and part of the 64
     assert metrics["samples"] == len(samples) == 64 and plan is None
     assert metrics["tokens"] == sum(len(s.response_ids) for s in samples)
     batch = problems_of_step(problems, 1, flags("--prompts-per-step", 8))

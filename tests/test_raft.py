@@ -149,7 +149,7 @@ def unchanged(policy, before) -> bool:
 def test_a_step_without_right_samples_changes_nothing(small):
     policy, ddp_policy, optimizer, before = small
     wrong, problems = [make_sample(i, 0.0, [9, 9]) for i in range(2)], [Problem(i, "", "") for i in range(2)]
-    metrics = m_step(ddp_policy, optimizer, problems, wrong, flags())
+    metrics = m_step(ddp_policy, optimizer, problems, wrong, flags("--updates-per-step", 2))
     assert (metrics.get("updates", 0), metrics["updates_empty"], metrics["loss"]) == (0, 2, None)
     assert unchanged(policy, before)
 
@@ -322,10 +322,10 @@ def test_users_see_one_line_and_exit_code_2(straight, ranks):
 
 @pytest.mark.parametrize("allocator", ["gvm", "uniform"])
 def test_training_helps(tmp_path, allocator):
-    run_script("raft.py", "--allocator", allocator, "--steps", 6, "--eval-every", 6, "--out", tmp_path / "run")
+    run_script("raft.py", "--allocator", allocator, "--steps", 20, "--out", tmp_path / "run")
     log = read_log(tmp_path / "run")
     assert log[-1]["eval_accuracy"] > log[0]["eval_accuracy"] + 0.05
-    assert log[-1]["samples"] == 6 * 32 * 8
+    assert log[-1]["samples"] == 20 * 16 * 4
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])

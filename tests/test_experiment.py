@@ -1,0 +1,85 @@
+"""figures/experiment.py and methods.py: tuning, ratios, predictions by hand; two steps of each method; README's table."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "figures"))
+
+import experiment  # noqa: E402 (lies in figures/)
+import methods  # noqa: E402
+
+
+def record(setting=(3e-4, 16, 4), seed=100, accuracy=0.5, stage="tune", method="rounds") -> dict:
+    key = (stage, "raft", method, "usual", *setting, seed)
+    return dict(zip(experiment.KEY, key)) | {"curve": [[0, 0, 0, 0.0, 0.4], [120, 100, 1000, 9.0, accuracy]]}
+
+
+def test_the_rate_is_tuned_first_and_then_the_split():
+    records = [record((rate, 16, 4), seed, accuracy) for seed in experiment.TUNING_SEEDS
+               for rate, accuracy in zip(experiment.RATES, (0.5, 0.6, 0.4))]
+    rates = [(rate, 16, 4) for rate in experiment.RATES]
+    assert experiment.tune(records[:-1], "raft", "rounds") == (rates, None)  # one run is missing
+    settings, best = experiment.tune(records, "raft", "rounds")
+    assert settings == [*rates, (experiment.RATES[1], 8, 8), (experiment.RATES[1], 32, 2)] and best is None
+    missing = experiment.wanted(records, ["raft"], ["rounds"], ["usual"])
+    assert {spec["stage"] for spec in missing} == {"tune"} and len(missing) == 4
+    records += [record(setting, seed, 0.61) for setting in settings[3:4] for seed in experiment.TUNING_SEEDS]
+    records += [record(setting, seed, 0.59) for setting in settings[4:] for seed in experiment.TUNING_SEEDS]
+    assert experiment.tune(records, "raft", "rounds")[1] == settings[3]
+    reported = experiment.wanted(records, ["raft"], ["rounds"], ["usual"])
+    assert [spec["seed"] for spec in reported] == list(range(10)) and reported[0]["prompts"] == 8
+    done = [record(settings[3], seed, stage="report") for seed in range(9)]
+    assert len(experiment.wanted(records + done, ["raft"], ["rounds"], ["usual"])) == 1
+
+
+def test_crossings_and_speed_by_hand():
+    slow = np.array([[[0, 0, 0, 0, 0.4], [1, 100, 0, 0, 0.5], [2, 200, 0, 0, 0.6]]] * 3)
+    fast = np.array([[[0, 0, 0, 0, 0.4], [1, 100, 0, 0, 0.6], [2, 200, 0, 0, 0.7]]] * 3)
+    assert experiment.crossing(slow, 1, 0.55) == pytest.approx(150)
+    assert experiment.crossing(slow, 1, 0.9) == np.inf
+    assert experiment.speedup(fast, slow, 1) == "2.00 (2.00 to 2.00)"
+    assert experiment.interval(np.array([0.1, 0.2, 0.3])) == "+0.200 ± 0.248"
+
+
+def test_pairs_and_a_budget_are_kept():
+    weights = np.array([3.0, 1.0, 2.0, 0.5])
+    assert methods.Predicted(1, in_pairs=True).counts(weights, 4).tolist() == [2, 0, 2, 0]
+    assert methods.Predicted(1, in_pairs=False).counts(weights, 13).tolist() == [6, 2, 4, 1]
+
+
+def test_the_predictor_learns_what_separates_prompts():
+    generator, predictor = np.random.default_rng(0), methods.Predictor()
+    for step in range(30):
+        states = generator.normal(size=(16, 5))
+        p = methods.sigmoid(3 * states[:, 0])
+        features = predictor.features(states)
+        mu = predictor.predict(features)
+        predictor.learn(features, mu, generator.binomial(4, p), np.full(16, 4))
+    assert np.corrcoef(mu, p)[0, 1] > 0.9
+    strong = predictor.log_strength.argmax()
+    assert methods.STRENGTHS[strong] > 1  # a prediction that holds is believed
+
+
+def test_a_posterior_is_the_beta_that_it_should_be():
+    predictor = methods.Predictor()
+    predictor.log_strength[:] = -np.inf
+    predictor.log_strength[4] = 0.0  # kappa = 4
+    posterior = predictor.posterior(np.array([0.25]), np.array([2]), np.array([3]))[0]
+    assert posterior @ methods.sigmoid(methods.LOG_ODDS) == pytest.approx((4 * 0.25 + 2) / (4 + 3), abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["dynamic", "predicted", "wider pool"])
+def test_two_steps_of_each_method_spend_the_same(method):
+    spec = record((3e-4, 16, 4), method=method)
+    done = experiment.run(spec, steps=2, eval_samples=1)
+    assert [(step, samples) for step, samples, *_ in done["curve"]] == [(0, 0), (2, 128)]
+
+
+def test_the_readme_has_the_table_of_the_records():
+    records, readme = experiment.read(experiment.RECORDS), (ROOT / "README.md").read_text()
+    assert len({tuple(record[name] for name in experiment.KEY) for record in records}) == len(records)
+    assert json.dumps(records) and all(line in readme for line in experiment.table(records).splitlines())
