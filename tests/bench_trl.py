@@ -6,8 +6,8 @@ Both sample with transformers. Step 1 warms up and does not count, nor do loadin
 
 Prints medians over the rounds, and the ratio of the two, median and range: samples and response tokens drawn per second
 of whole steps; response tokens trained per second, which are those that a backward pass goes over (grpo.py leaves out
-samples whose advantage is 0, trl does not); samples per second of processor time without the graders', for a machine
-that others use as well; the most memory until the last update, and before the first step (trl imports more), in MB.
+samples whose advantage is 0, trl does not); samples per second of processor time without the graders', for shared
+machines; the most memory until the last update, and before the first step (trl imports more), in MB. Then CPU seconds.
 """
 
 import argparse
@@ -22,15 +22,18 @@ import time
 from pathlib import Path
 from statistics import median
 
+import torch
+import transformers
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import grpo  # noqa: E402 (the project's modules lie one folder up)
 import raft  # noqa: E402
 import run  # noqa: E402
+import sampler  # noqa: E402
 from data import INSTRUCTION, PLAIN_TEMPLATE, SYSTEM_PROMPT, TOY, Grader  # noqa: E402
 from gvm import problems_of_step  # noqa: E402
-from model import load_model  # noqa: E402
-from sampler import load_prompts  # noqa: E402
+from model import Policy, load_model  # noqa: E402
 
 SAMPLES = 8  # of each prompt
 UPDATES = 2  # of each step
@@ -39,6 +42,7 @@ ROWS = {  # of the table: what, per second of which clock
     "samples/s": ("samples", "wall"), "drawn tokens/s": ("drawn", "wall"), "trained tokens/s": ("trained", "wall"),
     "samples per CPU second": ("samples", "cpu"), "MB at the peak": ("peak", None), "MB before": ("before", None),
 }
+PHASES = ("generate", "noise", "grader", "old log-probs", "forward", "backward", "optimizer")
 
 
 def parse() -> argparse.Namespace:
@@ -46,9 +50,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", default=str(TOY), help="folder of a causal language model")
-    add("--data", default=str(TOY / "train.jsonl"), help="problems, as for grpo.py")
+    add("--data", default=str(TOY / "train.jsonl"), help="problems, as for grpo.py, some solved sometimes")
     add("--prompts", type=int, default=32, help="of each step")
     add("--rows", type=int, default=128, help="samples in a micro-batch, at their largest length")
+    add("--lr", type=float, default=3e-4, help="of both; other models want a lower one")
     add("--steps", type=int, default=5, help="the first does not count")
     add("--rounds", type=int, default=3, help="runs of each")
     add("--max-prompt-tokens", type=int, default=64, help="longer prompts are dropped")
@@ -61,10 +66,32 @@ def parse() -> argparse.Namespace:
 
 
 class Meter:
-    """What a run has done and used so far, noted before it and after each of its updates."""
+    """What a run has done and used, noted before it and after each of its updates. owner.name gives log-probs."""
 
-    def __init__(self):
-        self.counts, self.marks = dict.fromkeys(("samples", "drawn", "trained", "prompt"), 0), []  # in tokens, but one
+    def __init__(self, owner, name: str):
+        self.counts, self.marks = dict.fromkeys(("samples", "drawn", "trained", "prompt", *PHASES), 0), []
+        self.inner = [0.0]  # seconds of the timed calls within each timed call that is running
+        self.time("old log-probs", owner, name)
+        self.time("generate", transformers.GenerationMixin, "generate")
+        self.time("noise", sampler, "gumbel_max")  # within generate
+        self.time("grader", Grader, "__call__")  # without its workers
+        self.time("backward", torch.Tensor, "backward")
+        self.time("optimizer", torch.optim.AdamW, "step")
+
+    def time(self, phase: str, owner, name: str) -> None:
+        """From now on, count owner.name's processor time as that of a phase, but for the timed calls within it."""
+        function = getattr(owner, name)
+
+        def timed(*arguments, **options):
+            self.inner.append(0.0)
+            started, in_training = time.process_time(), torch.is_grad_enabled()
+            result = function(*arguments, **options)
+            seconds = time.process_time() - started
+            self.counts["forward" if phase == "old log-probs" and in_training else phase] += seconds - self.inner.pop()
+            self.inner[-1] += seconds
+            return result
+
+        setattr(owner, name, timed)
 
     def mark(self) -> None:
         """Note counts, time and processor time in seconds, and the most memory held so far, in MB."""
@@ -84,14 +111,14 @@ def words(args, out) -> list[str]:
         "allocator": "uniform", "sampler": "hf", "steps": args.steps, "prompts-per-step": args.prompts,
         "samples-per-prompt": SAMPLES, "updates-per-step": UPDATES,
         "tokens-per-micro-batch": args.rows * (args.max_prompt_tokens + args.max_response_tokens),
-        "max-prompt-tokens": args.max_prompt_tokens, "max-response-tokens": args.max_response_tokens,
+        "lr": args.lr, "max-prompt-tokens": args.max_prompt_tokens, "max-response-tokens": args.max_response_tokens,
         "eval-every": args.steps, "save-every": args.steps}
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def run_here(args, out: Path) -> dict:
     """The result of a run of grpo.py."""
-    meter, draw_step, update = Meter(), raft.draw_step, raft.update
+    meter, draw_step, update = Meter(Policy, "forward"), raft.draw_step, raft.update
 
     def draw(*arguments):
         if not meter.marks:
@@ -122,7 +149,7 @@ def run_trl(args, out: Path) -> dict:
 
     flags = run.parse_flags(words(args, out), grpo.__doc__, raft.add_flags, grpo.set_defaults)
     model, tokenizer = load_model(flags, run.join_ranks())
-    problems = load_prompts(args.data, flags.split, tokenizer, flags)
+    problems = sampler.load_prompts(args.data, flags.split, tokenizer, flags)
     dist.destroy_process_group()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # or trl would wrap its model for several processes
         os.environ.pop(name)
@@ -131,7 +158,7 @@ def run_trl(args, out: Path) -> dict:
     rows = [{"prompt": [{"role": "system", "content": SYSTEM_PROMPT},
                         {"role": "user", "content": f"{problem.question}\n{INSTRUCTION}"}],
              "answer": problem.answer} for problem in chosen]
-    meter = Meter()
+    meter = Meter(GRPOTrainer, "_get_per_token_logps_and_entropies")
 
     def reward(completions, completion_ids, answer, **_):
         meter.counts["samples"] += len(completions)
@@ -193,6 +220,9 @@ def main() -> None:
         ratios = [our / their for our, their in zip(ours, theirs)]
         print(f"{heading:24s}{median(ours):10.1f}{median(theirs):10.1f}"
               f"    {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for phase in (*PHASES, "cpu"):  # the last is that of the whole step
+        ours, theirs = (median(each[side][phase] for each in rounds) / (args.steps - 1) for side in SIDES)
+        print(f"CPU s/step {phase:13s}{ours:10.2f}{theirs:10.2f}")
 
 
 if __name__ == "__main__":
