@@ -134,7 +134,8 @@ def bf16_against_fp32(device, options) -> list[Row]:
 
 def raft_learns_and_resumes(device, options) -> list[Row]:
     """Six steps of RAFT++ on the toy, and the last three again, from the checkpoint in a copy of the run's folder."""
-    words = ["--steps", "6", "--eval-every", "6", "--save-every", "3", "--sampler", "hf", "--out"]
+    words = ["--data", str(TOY / "spared.jsonl"), "--prompts-per-step", "32", "--samples-per-prompt", "8",
+             "--updates-per-step", "2", "--steps", "6", "--eval-every", "6", "--save-every", "3", "--sampler", "hf", "--out"]
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr), mock.patch("raft.Grader", PlainGrader):
         outs = Path(folder, "straight"), Path(folder, "resumed")
         raft.main([*words, str(outs[0])])
