@@ -139,7 +139,7 @@ def micro_batch_loss(learner, batch: list[Sample], args) -> torch.Tensor:
     """Sums over tokens, (4,), as in MEANS. The first: sum_j w_j sum_t (loss_jt + kl_coef KL_jt)."""
     device = learner.device
     logprobs, _ = learner(**collate(batch, device))  # (tokens,), like all that follow
-    old_logprobs = logprobs.detach()  # in the first update: see prepare_updates
+    old_logprobs = logprobs.detach()  # in a step's first update, before which nothing has changed
     if batch[0].old_logprobs is not None:
         old_logprobs = per_token(batch, "old_logprobs", device)
     gaps = old_logprobs - per_token(batch, "sampler_logprobs", device)
@@ -188,10 +188,10 @@ def update(learner, optimizer, samples: list[Sample], args) -> dict:
 
 
 def prepare_updates(learner, reference, problems, samples, args) -> list[list[Sample]]:
-    """split_updates, and the log-probs that the updates need."""
+    """split_updates, and the log-probs that the updates need: of the policy before all of them."""
     updates, max_tokens = split_updates(problems, samples, args), args.tokens_per_micro_batch
-    for sample in updates[0]:
-        sample.old_logprobs = None  # its update begins at the old policy, and has its own
+    for sample in updates[0]:  # it is trained by that very policy: see micro_batch_loss
+        sample.old_logprobs = None
     later = [sample for sample in sum(updates[1:], []) if sample.old_logprobs is None]
     fill_logprobs(learner, later, max_tokens)
     if reference is not None:

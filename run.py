@@ -210,7 +210,7 @@ class RunState:
 
 
 def claim_folder(out: Path, record: str, resume: bool):
-    """Make `out`, locked for a `with` block; InputError if a run is there, or was: see `record`."""
+    """Make `out`, locked for a `with` block; InputError if a run is there, or left its `record`."""
 
     def lock_folder():
         if (out / record).exists() and not resume:
