@@ -182,7 +182,7 @@ class StopSignal:
 # --- the folder of a run ---------------------------------------------------------------------
 # What the log counts from the start of the run; all other metrics are of one step.
 TOTALS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures")
-PHASES = ("sample", "grade", "score", "train", "eval", "save")  # what its seconds are for
+PHASES = ("sample", "sync", "grade", "score", "train", "eval", "save")  # what its seconds are for
 SHOWN = "step samples accept_rate predicted_variance loss eval_accuracy seconds".split()
 
 

@@ -99,7 +99,7 @@ class HfSampler:
         self.max_tokens, self.batch_size = args.max_response_tokens, args.sampler_batch_size
 
     @torch.no_grad()
-    def __call__(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list:
+    def __call__(self, prompts: list[list[int]], seeds, temperature, timer=nullcontext) -> list:
         """(response ids, their log-probs, whether it ended) for each prompt and seed."""
         responses = []
         for start in range(0, len(prompts), self.batch_size):
@@ -177,11 +177,12 @@ class VllmSampler:
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
-    def __call__(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list:
+    def __call__(self, prompts: list[list[int]], seeds, temperature, timer=nullcontext) -> list:
         """As HfSampler's. The prefix cache spares the engine reading a prompt more than once."""
         from vllm import SamplingParams
 
-        self.sync()
+        with timer("sync"):
+            self.sync()
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         params = [SamplingParams(
             temperature=temperature, max_tokens=self.max_tokens, detokenize=False,
@@ -237,7 +238,7 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
 
     def draw_mine(mine: list[tuple[Problem, int]]) -> list[Sample]:
         seeds = [_seed(*seed_key, problem.id, index) for problem, index in mine]
-        responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature)
+        responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature, timer)
         texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, _, _ in responses]
         with timer("grade"):
             grades = grader(texts, [problem.answer for problem, _ in mine])

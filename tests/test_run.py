@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,12 @@ def test_a_tied_head_is_saved_once_and_an_optimizer_without_a_step_not_at_all(de
     names = set(safe_open(folder / "model.safetensors", "pt").keys())
     assert names == {name for name, _ in model.named_parameters()} and "lm_head.weight" not in names
     assert not (folder / "optimizer.pt").exists()
+
+
+def test_an_inner_phase_does_not_count_for_the_outer_one():
+    state = RunState()
+    with state.timer("sample"):
+        time.sleep(0.02)
+        with state.timer("grade"):
+            time.sleep(0.2)
+    assert 0.02 <= state.seconds["sample"] < 0.1 and state.seconds["grade"] >= 0.2

@@ -61,6 +61,8 @@ def test_training_is_the_same_on_one_rank_and_two(straight):
     assert one[-1]["samples"] == 128 and one[-1]["updates"] == 8
     for out in straight[0].values():
         assert all(0 < line["sampler_gap"] < 1e-4 for line in read_log(out)[1:])
+        seconds = read_log(out, drop=())[-1]
+        assert 0 < seconds["seconds_sync"] < seconds["seconds"] and seconds["seconds_grade"] > 0 < seconds["seconds_save"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
