@@ -1,6 +1,6 @@
 """What does a step cost? Operations, memory traffic and network traffic of each GPU, counted from the model's shapes.
 
-    python tests/step_cost.py --gpus 8 --model qwen2.5-1.5b --prompts-per-step 1024 --updates-per-step 4 --rounds 1
+    python tests/step_cost.py --model qwen2.5-1.5b --prompts-per-step 1024 --samples-per-prompt 8 --updates-per-step 4
     python tests/step_cost.py ... --tflops 400 --memory-gb 2500 --network-gb 300
 
 Takes raft.py's flags, and what it cannot know: mean lengths, the share of samples that are trained on. Throughputs are
