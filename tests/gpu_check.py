@@ -96,7 +96,7 @@ def random_policy(config, args, device: torch.device) -> tuple:
     for row in range(args.tokens_per_micro_batch // longest):
         ids = torch.randint(3, config.vocab_size, (longest - 1 - 3 * (row == 1),), dtype=torch.int32).numpy()
         samples.append(Sample(row, 0, [3], ids, True, advantage=1.0, loss_weight=1 / len(ids),
-                              old_logprobs=np.zeros(len(ids), np.float32)))
+                              sampler_logprobs=np.zeros(len(ids), np.float32)))
     return Policy(model, gradient_checkpointing=args.gradient_checkpointing), samples
 
 
@@ -134,8 +134,8 @@ def bf16_against_fp32(device, options) -> list[Row]:
 
 def raft_learns_and_resumes(device, options) -> list[Row]:
     """Six steps of RAFT++ on the toy, and the last three again, from the checkpoint in a copy of the run's folder."""
-    words = ["--data", str(TOY / "spared.jsonl"), "--prompts-per-step", "32", "--samples-per-prompt", "8",
-             "--updates-per-step", "2", "--steps", "6", "--eval-every", "6", "--save-every", "3", "--sampler", "hf", "--out"]
+    words = ["--data", str(TOY / "spared.jsonl"), "--prompts-per-step", "32", "--samples-per-prompt", "8", "--sampler", "hf",
+             "--updates-per-step", "2", "--steps", "6", "--eval-every", "6", "--save-every", "3", "--out"]
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr), mock.patch("raft.Grader", PlainGrader):
         outs = Path(folder, "straight"), Path(folder, "resumed")
         raft.main([*words, str(outs[0])])

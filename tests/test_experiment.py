@@ -1,4 +1,4 @@
-"""figures/experiment.py and methods.py: tuning, ratios, predictions by hand; two steps of each method; README's table."""
+"""figures/experiment.py and methods.py: tuning, ratios, predictions by hand; methods' two steps; README's table."""
 
 import json
 import sys
