@@ -98,7 +98,7 @@ def test_an_error_on_one_rank_ends_both(tmp_path):
 
 @pytest.mark.parametrize(("ranks", "words"), [(1, []), (2, ["--fsdp"])])
 def test_gvm_writes_a_table_with_it(tmp_path, ranks, words):
-    run_script("gvm.py", "--limit", 8, "--sampler", "vllm", *words, "--out", tmp_path / "table.jsonl", ranks=ranks)
+    run_script("gvm.py", "--limit", 8, "--samples-per-prompt", 8, "--sampler", "vllm", *words, "--out", tmp_path / "table.jsonl", ranks=ranks)
     rows = [json.loads(line) for line in (tmp_path / "table.jsonl").open()]
     assert sum(row["counts"] for row in rows) == 64 and 0 < np.mean([row["p"] for row in rows]) < 1
 
