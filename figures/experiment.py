@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import methods  # noqa: E402 (lies in this folder, and needs the project's modules, one folder up)
 
+from data import read_rows  # noqa: E402
+
 RECORDS = Path(__file__).with_suffix(".jsonl")
 
 MIXES = {"usual": "train.jsonl", "spared": "spared.jsonl", "hard": "hard.jsonl"}  # in tests/toy
@@ -72,7 +74,7 @@ def run(spec: dict, steps: int = STEPS, eval_samples: int = EVAL_SAMPLES) -> dic
         done = subprocess.run([sys.executable, __file__, "worker", *words], capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{spec}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        lines = read_rows(out / "log.jsonl")
     curve = [[line["step"], line["samples"], line["tokens"], round(line["seconds"], 2), line["eval_accuracy"]]
              for line in lines if "eval_accuracy" in line]
     return spec | {"curve": curve}
@@ -80,7 +82,7 @@ def run(spec: dict, steps: int = STEPS, eval_samples: int = EVAL_SAMPLES) -> dic
 
 def read(path: Path) -> list[dict]:
     """The records."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_rows(path) if path.exists() else []
 
 
 def tune(records: list[dict], objective: str, method: str) -> tuple[list[tuple], tuple | None]:

@@ -16,6 +16,7 @@ FORGET = 0.98  # of what was learnt, how much is left after a step: the policy m
 RIDGE = 30.0  # prior precision of the regression's coefficients
 STRENGTHS = np.geomspace(0.25, 64, 9)  # kappa: as how many samples a prediction counts
 LOG_ODDS = np.linspace(-12, 12, 97)  # the grid on which p is known
+LOG_P, LOG_Q = -np.logaddexp(0, -LOG_ODDS), -np.logaddexp(0, LOG_ODDS)  # q = 1 - p
 
 
 def mixed_only(problems, step, state, source, args) -> tuple:
@@ -86,17 +87,15 @@ class Predictor:
 
 def priors(mu: np.ndarray) -> np.ndarray:
     """(strengths, problems, grid)."""
-    log_p, log_q = -np.logaddexp(0, -LOG_ODDS), -np.logaddexp(0, LOG_ODDS)
     a, b = STRENGTHS[:, None, None] * mu[:, None], STRENGTHS[:, None, None] * (1 - mu)[:, None]
-    logs = a * log_p + b * log_q
+    logs = a * LOG_P + b * LOG_Q
     values = np.exp(logs - logs.max(axis=2, keepdims=True))
     return values / values.sum(axis=2, keepdims=True)
 
 
 def likelihood(num_right, num_drawn) -> np.ndarray:
     """(problems, grid), up to a factor for each problem."""
-    log_p, log_q = -np.logaddexp(0, -LOG_ODDS), -np.logaddexp(0, LOG_ODDS)
-    logs = np.outer(num_right, log_p) + np.outer(num_drawn - num_right, log_q)
+    logs = np.outer(num_right, LOG_P) + np.outer(num_drawn - num_right, LOG_Q)
     return np.exp(logs - logs.max(axis=1, keepdims=True))
 
 

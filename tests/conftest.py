@@ -9,7 +9,6 @@ import time
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is an error at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare to the last bit is equal on CPUs

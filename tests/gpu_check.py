@@ -26,7 +26,7 @@ from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # all models are here, or made here
 sys.path.insert(0, str(Path(__file__).parents[1]))
-if importlib.util.find_spec("math_verify") is None:  # eval.py and run.py note its version
+if importlib.util.find_spec("math_verify") is None:  # eval.py notes its version
     version = importlib.metadata.version
     importlib.metadata.version = lambda name: "not installed" if name == "math-verify" else version(name)
 
