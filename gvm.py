@@ -32,7 +32,8 @@ def gvm_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
 
 def reward_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
     """For the expected reward, which GRPO maximises; its advantages may be divided by the std."""
-    return reward_weights(p, norm_right, norm_wrong, normalize_std=args.advantage == "grpo")
+    group_size = args.samples_per_prompt if args.advantage == "grpo" else None
+    return reward_weights(p, norm_right, norm_wrong, group_size)
 
 
 # --allocator; "uniform" needs no rule. With --shrink, posterior_weights calls the rule.

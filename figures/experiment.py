@@ -32,10 +32,11 @@ MIXES = {"usual": "train.jsonl", "spared": "spared.jsonl", "hard": "hard.jsonl"}
 METHODS = {  # (flags, what takes the place of gvm.draw_step)
     "uniform": (["--allocator", "uniform"], None),
     "dynamic": (["--allocator", "uniform"], lambda: methods.mixed_only),
-    "published": (["--no-shrink", "--rounds", 1, "--alpha", 0.001], None),  # right/drawn of a pilot, half the budget
+    # right/drawn of a pilot, which is half of the budget
+    "published": (["--allocator", "gvm", "--no-shrink", "--rounds", 1, "--alpha", 0.001], None),
     "rounds": ([], None),
-    "predicted": ([], lambda: methods.Predicted(candidates=1, in_pairs=False)),
-    "wider pool": ([], lambda: methods.Predicted(candidates=4, in_pairs=True)),
+    "predicted": ([], lambda: methods.Predicted(candidates=1)),
+    "wider pool": ([], lambda: methods.Predicted(candidates=4)),
 }
 RATES = (1.5e-4, 3e-4, 6e-4)
 MIDDLE_SPLIT, SPLITS = (16, 4), ((8, 8), (32, 2))  # prompts, samples of each

@@ -7,6 +7,7 @@ import argparse
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import gvm
 from allocator import allocate
@@ -14,6 +15,8 @@ from model import Policy
 
 FORGET = 0.98  # of what was learnt, how much is left after a step: the policy moves
 RIDGE = 30.0  # prior precision of the regression's coefficients
+NORMS_KEPT = 1000  # prompts from which norms are predicted
+LEFT_OUT = 4.0  # of w^2: what it costs to leave a prompt out
 STRENGTHS = np.geomspace(0.25, 64, 9)  # kappa: as how many samples a prediction counts
 LOG_ODDS = np.linspace(-12, 12, 97)  # the grid on which p is known
 LOG_P, LOG_Q = -np.logaddexp(0, -LOG_ODDS), -np.logaddexp(0, LOG_ODDS)  # q = 1 - p
@@ -31,12 +34,10 @@ def mixed_only(problems, step, state, source, args) -> tuple:
 @torch.no_grad()
 def prompt_states(policy: Policy, problems) -> np.ndarray:
     """What the policy says of its prompts, (problems, 2 hidden): the last layer at the last token, and the mean."""
-    rows = []
-    for problem in problems:  # toys are small: one at a time
-        ids = torch.tensor([problem.prompt_ids], device=policy.device)
-        hidden = policy.model.base_model(ids, use_cache=False).last_hidden_state[0].float()
-        rows.append(torch.cat([hidden[-1], hidden.mean(dim=0)]).cpu().numpy())
-    return np.stack(rows).astype(np.float64)
+    prompts = [torch.tensor(problem.prompt_ids, device=policy.device) for problem in problems]
+    hidden = policy.model.base_model(pad_sequence(prompts, batch_first=True), use_cache=False).last_hidden_state
+    rows = [row[: len(prompt)].double() for row, prompt in zip(hidden, prompts)]  # padding comes last: nobody sees it
+    return torch.stack([torch.cat([row[-1], row.mean(dim=0)]) for row in rows]).cpu().numpy()
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -99,42 +100,84 @@ def likelihood(num_right, num_drawn) -> np.ndarray:
     return np.exp(logs - logs.max(axis=1, keepdims=True))
 
 
+class NormPredictor:
+    """The gradient norm of a prompt's right (or wrong) samples, by ridge regression of its logarithm."""
+
+    def __init__(self):
+        self.features, self.logs = [], []  # of the prompts that had such samples, newest last
+
+    def learn(self, features: np.ndarray, norms: np.ndarray) -> None:
+        """features: (prompts, features); norms: (prompts,), 0 where there was no such sample."""
+        self.features = [*self.features, *features[norms > 0]][-NORMS_KEPT:]
+        self.logs = [*self.logs, *np.log(norms[norms > 0])][-NORMS_KEPT:]
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """(prompts,); all equal before anything was learnt."""
+        if not self.logs:
+            return np.ones(len(features))
+        known, logs = np.array(self.features), np.array(self.logs)
+        slopes = np.linalg.solve(known.T @ known + RIDGE * np.eye(known.shape[1]), known.T @ (logs - logs.mean()))
+        return np.exp(logs.mean() + features @ slopes)
+
+
+def buy_groups(weights: np.ndarray, budget: int, smallest: int) -> np.ndarray:
+    """Counts, each 0 or at least `smallest`: the best of a prompt's samples first, until the budget is spent.
+
+    With n samples a prompt costs w^2 / (n - smallest + 1): with a group baseline (smallest = 2) one of them serves
+    the others. Left out it costs LEFT_OUT w^2: a bias, and not infinite. Every purchase is the one that lowers the
+    sum most for each of its samples.
+    """
+    later = np.arange(1, budget)
+    gains = np.outer(weights**2, [(LEFT_OUT - 1) / smallest, *1 / (later * (later + 1))])  # for each sample bought
+    counts = np.zeros(len(weights), dtype=int)
+    for place in np.argsort(-gains.ravel(), kind="stable"):
+        i, is_later = divmod(place, budget)
+        size = 1 if is_later else smallest
+        if size <= budget - counts.sum() and (not is_later or counts[i]):
+            counts[i] += size
+    return counts
+
+
 class Predicted:
-    """A draw_step without a pilot: p is predicted, and all samples of the step are drawn at once."""
+    """A draw_step without a pilot: half of the budget by predictions, the rest by what those samples add to them."""
 
-    def __init__(self, candidates: int, in_pairs: bool):
-        """candidates: problems looked at, for each one of --prompts-per-step. in_pairs: see `counts`."""
-        self.candidates, self.in_pairs = candidates, in_pairs
-        self.predictor = Predictor()
+    def __init__(self, candidates: int):
+        """candidates: problems looked at, for each one of --prompts-per-step; above 1 some get no samples."""
+        self.candidates = candidates
+        self.predictor, self.norm_right, self.norm_wrong = Predictor(), NormPredictor(), NormPredictor()
 
-    def weights(self, posterior: np.ndarray, args) -> np.ndarray:
-        """sqrt(E[w^2]), (problems,), over what p may be; all gradient norms count as equal."""
-        ones, moments = np.ones(len(posterior)), np.zeros(len(posterior))
+    def weights(self, posterior: np.ndarray, norms, args) -> np.ndarray:
+        """sqrt(E[w^2]), (problems,), over what p may be."""
+        moments = np.zeros(len(posterior))
         for p, probability in zip(sigmoid(LOG_ODDS), posterior.T):
-            moments += probability * gvm.RULES[args.allocator](p * ones, ones, ones, args) ** 2
+            moments += probability * gvm.RULES[args.allocator](np.full(len(posterior), p), *norms, args) ** 2
         return np.sqrt(moments)
-
-    def counts(self, weights: np.ndarray, budget: int) -> np.ndarray:
-        """Samples of each problem. in_pairs: two for each of the largest weights, none for the others."""
-        if not self.in_pairs:
-            return allocate(weights, budget)
-        counts = np.zeros(len(weights), dtype=int)
-        counts[np.argsort(-weights, kind="stable")[: budget // 2]] = 2
-        return counts
 
     def __call__(self, problems, step, state, source, args) -> tuple:
         wider = argparse.Namespace(**vars(args) | {"prompts_per_step": self.candidates * args.prompts_per_step})
-        batch = gvm.problems_of_step(problems, step, wider)
+        batch, budget = gvm.problems_of_step(problems, step, wider), args.prompts_per_step * args.samples_per_prompt
         features = self.predictor.features(prompt_states(source.policy, batch))
         mu, nothing = self.predictor.predict(features), np.zeros(len(batch), dtype=int)
-        weights = self.weights(self.predictor.posterior(mu, nothing, nothing), args)
-        drawn = self.counts(weights, args.prompts_per_step * args.samples_per_prompt)
-        samples = source.draw(batch, drawn, step)
-        seen = drawn > 0
-        served = [problem for problem, is_seen in zip(batch, seen) if is_seen]
-        right = np.array([sum(s.reward for s in samples if s.problem == problem.id) for problem in served])
-        self.predictor.learn(features[seen], mu[seen], right, drawn[seen])
-        error = float(np.mean((mu[seen] - right / drawn[seen]) ** 2))
-        strength = float(STRENGTHS[self.predictor.log_strength.argmax()])
-        metrics = {"prediction_error": error, "prediction_strength": strength}
-        return served, samples, gvm.describe(served, samples, []) | metrics
+        norms = self.norm_right.predict(features), self.norm_wrong.predict(features)
+        weights = self.weights(self.predictor.posterior(mu, nothing, nothing), norms, args)
+        if self.candidates > 1:
+            drawn = buy_groups(weights, budget, smallest=2 if args.objective == "grpo" else 1)
+            samples = source.draw(batch, drawn, step, with_norms=True)
+        else:
+            first = allocate(weights, budget // 2)
+            samples = source.draw(batch, first, step, with_norms=True)
+            table = gvm.estimate(samples, batch, args.weighting)
+            seen = [np.where(table[name] > 0, table[name], norm)
+                    for name, norm in zip(("norm_right", "norm_wrong"), norms)]
+            posterior = self.predictor.posterior(mu, table["num_right"], table["num_drawn"])
+            drawn = allocate(self.weights(posterior, seen, args), budget, min_samples=first)
+            samples += source.draw(batch, drawn - first, step, first_index=first, with_norms=True)
+        table, served = gvm.estimate(samples, batch, args.weighting), drawn > 0
+        self.predictor.learn(features[served], mu[served], table["num_right"][served], drawn[served])
+        self.norm_right.learn(features, table["norm_right"])
+        self.norm_wrong.learn(features, table["norm_wrong"])
+        shares = table["num_right"][served] / drawn[served]
+        metrics = {"prediction_error": float(np.mean((mu[served] - shares) ** 2)),
+                   "prediction_strength": float(STRENGTHS[self.predictor.log_strength.argmax()])}
+        batch = [problem for problem, is_served in zip(batch, served) if is_served]
+        return batch, samples, gvm.describe(batch, samples, []) | metrics

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from allocator import allocate, estimator_variance, gvm_weights, posterior_weights, reward_weights
+from grpo import grpo_advantage
 
 
 def objective(weights, counts) -> float:
@@ -78,26 +79,34 @@ def test_weights_refuse_bad_input(arguments, named):
 
 def test_reward_weights_by_hand():
     # p = 1/4, G+ = 2, G- = 4: 3/16 [3/4 * 4 + 1/4 * 16] = 21/16, and 7 without the variance 3/16.
-    assert reward_weights([0.25], [2.0], [4.0], normalize_std=False) ** 2 == pytest.approx([21 / 16])
-    assert reward_weights([0.25], [2.0], [4.0], normalize_std=True) ** 2 == pytest.approx([7.0])
-    for normalize_std in (False, True):  # equal rewards: no gradient
-        assert reward_weights([0.0, 1.0], [0.0, 3.0], [3.0, 0.0], normalize_std).tolist() == [0.0, 0.0]
+    assert reward_weights([0.25], [2.0], [4.0]) ** 2 == pytest.approx([21 / 16])
+    assert reward_weights([0.25], [2.0], [4.0], group_size=1_000_000) ** 2 == pytest.approx([7.0])
+    # Pairs: (3/4 - 9/16) 4 + (1/4 - 1/16) 16 = 15/4; and of one sample alone nothing can be said.
+    assert reward_weights([0.25], [2.0], [4.0], group_size=2) ** 2 == pytest.approx([15 / 4])
+    assert reward_weights([0.25], [2.0], [4.0], group_size=1).tolist() == [0.0]
+    for group_size in (None, 2, 8):  # equal rewards: no gradient
+        assert reward_weights([0.0, 1.0], [0.0, 3.0], [3.0, 0.0], group_size).tolist() == [0.0, 0.0]
     p, right, wrong = np.array([0.1, 0.7]), np.array([1.0, 2.0]), np.array([3.0, 0.5])  # right and wrong change places
-    swapped = reward_weights(1 - p, wrong, right, False)
-    assert reward_weights(p, right, wrong, False) == pytest.approx(swapped)
+    for group_size in (None, 5):
+        swapped = reward_weights(1 - p, wrong, right, group_size)
+        assert reward_weights(p, right, wrong, group_size) == pytest.approx(swapped)
     for arguments, named in [(([2.0], [1.0], [1.0]), "accept_rates"), (([0.5], [-1.0], [1.0]), "norm_right"),
                              (([0.5], [1.0], [1.0, 1.0]), "norm_wrong")]:
         with pytest.raises(ValueError, match=named):
-            reward_weights(*arguments, False)
+            reward_weights(*arguments)
 
 
 def test_reward_weights_are_the_spread_of_a_sample_s_term():
     rng = np.random.default_rng(0)
     right = rng.random(200_000) < 0.3
     norms = np.where(right, 2.0, 0.7)
-    for normalize_std, scale in ((False, 1.0), (True, np.sqrt(0.3 * 0.7))):
-        expected = np.mean(((right - 0.3) / scale * norms) ** 2)
-        assert reward_weights([0.3], [2.0], [0.7], normalize_std) ** 2 == pytest.approx([expected], rel=0.02)
+    expected = np.mean(((right - 0.3) * norms) ** 2)
+    assert reward_weights([0.3], [2.0], [0.7]) ** 2 == pytest.approx([expected], rel=0.02)
+    for n in (2, 4, 8):
+        advantages = np.concatenate([grpo_advantage(group.astype(float)) for group in right[:80_000].reshape(-1, n)])
+        expected = np.mean((advantages * norms[:80_000]) ** 2)
+        squared = reward_weights([0.3], [2.0], [0.7], group_size=n) ** 2
+        assert (n - 1) / n * squared == pytest.approx([expected], rel=0.03)
 
 
 def expected_rate(right, drawn) -> np.ndarray:
@@ -149,7 +158,7 @@ def test_posterior_weights_never_starve_and_fill_in_the_norms():
     assert weights.min() > 0 and weights[2] / weights[1] == pytest.approx(5 / 3)
     typical = posterior_weights(rule, [0, 2, 2], [4, 4, 4], [9.0, 3.0, 5.0], [1.0, 1.0, 1.0])
     assert typical == pytest.approx(weights)  # sqrt((9 + 25) / 2) stands in for whatever the unsolved one says
-    rewards = posterior_weights(lambda *known: reward_weights(*known, False), [4, 2], [4, 4], [1.0, 1.0], [0.0, 2.0])
+    rewards = posterior_weights(lambda *known: reward_weights(*known), [4, 2], [4, 4], [1.0, 1.0], [0.0, 2.0])
     assert rewards.min() > 0  # always right so far
     unsolved = posterior_weights(rule, [0, 0], [1, 1], [0.0, 0.0], [1.0, 1.0])
     assert unsolved.tolist() == [0, 0] and posterior_weights(rule, [], [], [], []).tolist() == []
@@ -186,7 +195,7 @@ def spend(rng, p, right, wrong, rule, budget: int, pilot: int, rounds: int, shri
 def test_shrinkage_is_safe_where_the_pilot_s_rates_mislead(rule, pilot, rounds):
     """Mean gain in the true sum_i c_i / n_i over uniform, at 16 samples a prompt, over 8 populations of 200."""
     weigh = {"gvm": lambda p, right, wrong: gvm_weights(p, right),
-             "reward": lambda p, right, wrong: reward_weights(p, right, wrong, False)}[rule]
+             "reward": lambda p, right, wrong: reward_weights(p, right, wrong)}[rule]
     gains = {True: [], False: []}
     for seed in range(8):
         for shrink in gains:
