@@ -2,10 +2,12 @@
 
     python figures/experiment.py run --minutes 60 --jobs 2      # what is missing in experiment.jsonl; again any time
     python figures/experiment.py table                          # README's table, from experiment.jsonl
+    python figures/experiment.py figure                         # README's figure, likewise
 
 A step draws 64 samples and makes one update. For every method by itself, in the mix `usual` and on seeds that are
 not reported, first the learning rate is tuned, with 16 prompts x 4 samples, then the split, at the best rate. One line
-of the file is one run: what it was, and [step, samples, tokens, seconds, accuracy] at each evaluation.
+of the file is one run: what it was, [step, samples, tokens, seconds, accuracy] at each evaluation, and for runs of the
+stage `where`, at the first setting, how many samples were drawn of each problem.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -37,11 +40,25 @@ METHODS = {  # (flags, what takes the place of gvm.draw_step)
     "rounds": ([], None),
     "predicted": ([], lambda: methods.Predicted(candidates=1)),
     "wider pool": ([], lambda: methods.Predicted(candidates=4)),
+    "oracle": ([], lambda: methods.oracle),
+    # Its pilot is not counted here either, and it makes more updates; the other has as many, and nothing else of it.
+    "released": (["--allocator", "gvm", "--no-shrink", "--rounds", 1, "--alpha", 0.001, "--weighting", "token",
+                  "--pilot-samples", 8, "--e-step-every", 9, "--updates-per-step", 8], None),
+    "uniform, 8 updates": (["--allocator", "uniform", "--updates-per-step", 8], None),
 }
+SHOWN = {  # in the figure
+    "uniform": ("uniform", {"color": "black", "linestyle": ":", "marker": "o", "markersize": 4}),
+    "dynamic": ("uniform, dynamic sampling", {"color": "grey", "linestyle": "-.", "marker": "s", "markersize": 4}),
+    "published": ("GVM as published", {"color": "grey", "linestyle": "--", "marker": "^", "markersize": 4}),
+    "rounds": ("GVM with rounds", {"color": "grey", "linestyle": "-", "marker": "v", "markersize": 4}),
+    "wider pool": ("GVM, p predicted", {"color": "black", "linestyle": "-", "marker": "D", "markersize": 4}),
+}
+NOT_TUNED = {"oracle": "rounds", "released": "uniform", "uniform, 8 updates": "uniform"}  # whose setting they have
 RATES = (1.5e-4, 3e-4, 6e-4)
 MIDDLE_SPLIT, SPLITS = (16, 4), ((8, 8), (32, 2))  # prompts, samples of each
 TUNING_SEEDS, STEPS, EVAL_EVERY, EVAL_SAMPLES = (100, 101), 120, 20, 10
 SEEDS = {"usual": range(10), "spared": range(5), "hard": range(5)}
+SEEDS_NOT_TUNED = {"usual": range(5), "spared": (), "hard": ()}
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile with 1 to 9 degrees
 KEY = ("stage", "objective", "method", "mix", "rate", "prompts", "samples", "seed")
 
@@ -60,11 +77,21 @@ def flags(spec: dict, out: Path, steps: int, eval_samples: int) -> list[str]:
 def worker(objective: str, method: str, words: list[str]) -> None:
     """One run, in a process of its own."""
     import grpo
+    import gvm
     import raft
 
+    draw, drawn = gvm.SampleSource.draw, Counter()
+
+    def draw_and_count(*arguments, **more) -> list:
+        samples = draw(*arguments, **more)
+        drawn.update(sample.problem for sample in samples)
+        return samples
+
+    gvm.SampleSource.draw = draw_and_count
     if make_draw_step := METHODS[method][1]:
         raft.draw_step = make_draw_step()
     {"raft": raft, "grpo": grpo}[objective].main(words)
+    Path(words[words.index("--out") + 1], "drawn.json").write_text(json.dumps(drawn))
 
 
 def run(spec: dict, steps: int = STEPS, eval_samples: int = EVAL_SAMPLES) -> dict:
@@ -75,10 +102,37 @@ def run(spec: dict, steps: int = STEPS, eval_samples: int = EVAL_SAMPLES) -> dic
         done = subprocess.run([sys.executable, __file__, "worker", *words], capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{spec}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        lines = read_rows(out / "log.jsonl")
+        lines, drawn = read_rows(out / "log.jsonl"), json.loads((out / "drawn.json").read_text())
     curve = [[line["step"], line["samples"], line["tokens"], round(line["seconds"], 2), line["eval_accuracy"]]
              for line in lines if "eval_accuracy" in line]
-    return spec | {"curve": curve}
+    if spec["method"] == "released":  # where the pilot is not counted
+        curve = [[step, step * spec["prompts"] * spec["samples"], *rest] for step, _, *rest in curve]
+    return spec | {"curve": curve} | ({"drawn": drawn} if spec["stage"] == "where" else {})
+
+
+def where(path: Path) -> None:
+    """Append what the right half of the figure needs: where each method's samples went, and p before training."""
+    for method in (*SHOWN, "p"):
+        spec = dict(zip(KEY, ("where", "raft", method, "usual", RATES[1], *MIDDLE_SPLIT, 0)))
+        if all(record["stage"] != "where" or record["method"] != method for record in read(path)):
+            append(path, right_of_each(spec) if method == "p" else run(spec, steps=60, eval_samples=1))
+
+
+def right_of_each(spec: dict) -> dict:
+    """The record of 64 samples of each problem by the toy as it is: how many were right."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "table.jsonl"
+        words = ["--data", ROOT / "tests" / "toy" / MIXES[spec["mix"]], "--pilot-samples", 64, "--samples-per-prompt", 64,
+                 "--rounds", 1, "--out", out]
+        subprocess.run([sys.executable, ROOT / "gvm.py", *map(str, words)], capture_output=True, check=True)
+        return spec | {"curve": [], "right": {row["id"]: row["num_right"] for row in read_rows(out)}}
+
+
+def append(path: Path, record: dict) -> None:
+    """Keep a record."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print(*(record[name] for name in KEY), record["curve"][-1:], flush=True)
 
 
 def read(path: Path) -> list[dict]:
@@ -110,21 +164,26 @@ def wanted(records: list[dict], objectives, chosen_methods, mixes) -> list[dict]
     """The runs that are not in the records yet: those that tune, or if there are none, those that are reported."""
     tuning, reported = {}, {}  # keys alone: in order, each once
     for objective, method in product(objectives, chosen_methods):
-        settings, best = tune(records, objective, method)
+        settings, best = tune(records, objective, NOT_TUNED.get(method, method))
         for seed, setting in product(TUNING_SEEDS, settings):
-            tuning["tune", objective, method, "usual", *setting, seed] = True
+            if method not in NOT_TUNED:
+                tuning["tune", objective, method, "usual", *setting, seed] = True
         for mix in mixes if best else ():
-            for seed in SEEDS[mix]:
+            for seed in (SEEDS_NOT_TUNED if method in NOT_TUNED else SEEDS)[mix]:
                 reported["report", objective, method, mix, *best, seed] = True
     there = {tuple(record[name] for name in KEY) for record in records}
     missing = [key for key in tuning if key not in there] or sorted(reported.keys() - there, key=lambda key: key[-1])
     return [dict(zip(KEY, key)) for key in missing]
 
 
+def interval_half(values: np.ndarray) -> np.ndarray:
+    """Half of the 95 % interval of the mean over the first axis, Student's; of two to ten values."""
+    return STUDENT[len(values) - 2] * values.std(axis=0, ddof=1) / np.sqrt(len(values))
+
+
 def interval(values: np.ndarray) -> str:
-    """Mean and 95 % interval, Student's; of two to ten values."""
-    half = STUDENT[len(values) - 2] * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():+.3f} ± {half:.3f}"
+    """Mean and 95 % interval."""
+    return f"{values.mean():+.3f} ± {interval_half(values):.3f}"
 
 
 def crossing(curves: np.ndarray, column: int, accuracy: float) -> float:
@@ -143,10 +202,13 @@ def speedup(curves: np.ndarray, uniform: np.ndarray, column: int, draws: int = 2
         accuracy = uniform[rows].mean(axis=0)[-1, -1]
         return crossing(uniform[rows], column, accuracy) / crossing(curves[rows], column, accuracy)
 
+    def text(ratio: float) -> str:
+        return f"{ratio:.2f}" if ratio > 0 else "never"
+
     generator = np.random.default_rng(0)
     ratios = [ratio(generator.integers(len(curves), size=len(curves))) for _ in range(draws)]
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return f"{ratio(np.arange(len(curves))):.2f} ({low:.2f} to {high:.2f})"
+    return f"{text(ratio(np.arange(len(curves))))} ({text(low)} to {text(high)})"
 
 
 def table(records: list[dict]) -> str:
@@ -173,6 +235,35 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def figure(records: list[dict], path: Path) -> None:
+    """Two drawings of RAFT in the mix `usual`: accuracy against samples, and where the samples of 60 steps went."""
+    from matplotlib import pyplot as plt
+
+    chosen = [record for record in records if (record["objective"], record["mix"]) == ("raft", "usual")]
+    right = next(record["right"] for record in chosen if record["method"] == "p")
+    p = np.array([right[i] for i in sorted(right, key=int)]) / 64
+    edges = np.array([0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.01])
+    place = np.digitize(p, edges) - 1  # of each problem
+    _, (left_axes, axes) = plt.subplots(1, 2, figsize=(10, 4))
+    for method, (label, style) in SHOWN.items():
+        runs = [record for record in chosen if record["method"] == method]
+        curves = np.array([record["curve"] for record in runs if record["stage"] == "report"])
+        mean, half = curves[:, :, -1].mean(axis=0), interval_half(curves[:, :, -1])
+        left_axes.errorbar(curves[0, :, 1], mean, half, label=label, capsize=2, linewidth=1.2, **style)
+        drawn = next(record["drawn"] for record in runs if record["stage"] == "where")
+        counts = np.bincount(place, [drawn.get(str(i), 0) for i in range(len(p))])
+        axes.plot(counts / counts.sum() / (np.bincount(place) / len(p)), label=label, linewidth=1.2, **style)
+    left_axes.set(xlabel="samples drawn, pilot included", ylabel="accuracy (mean of ten seeds, 95 % interval)")
+    names = ["under 0.01", *(f"to {edge:g}" for edge in edges[2:-1]), "above"]
+    axes.set_xticks(range(len(names)), names, rotation=30)
+    axes.set(xlabel="p of the prompt before training", ylabel="samples per prompt, over the mean")
+    for drawing in (left_axes, axes):
+        drawing.legend(frameon=False)
+        drawing.spines[["top", "right"]].set_visible(False)
+    plt.tight_layout()
+    plt.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Run what is missing, or print the table."""
     if sys.argv[1:2] == ["worker"]:
@@ -180,7 +271,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("run", "table"))
+    add("what", choices=("run", "where", "table", "figure"))
     add("--minutes", type=float, default=60.0, help="no run is begun after them")
     add("--jobs", type=int, default=2, help="runs at a time, one core each")
     add("--records", type=Path, default=RECORDS, help="where runs are kept")
@@ -192,18 +283,20 @@ def main() -> None:
 
     def run_and_keep(spec: dict) -> None:
         if time.monotonic() < deadline:
-            record = run(spec)
-            with args.records.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(*record.values(), flush=True)
+            append(args.records, run(spec))
 
+    if args.what == "where":
+        where(args.records)
     while args.what == "run" and time.monotonic() < deadline:
         specs = wanted(read(args.records), args.objectives, args.methods, args.mixes)
         if not specs:
             break
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(run_and_keep, specs))
-    print(table(read(args.records)))
+    if args.what == "figure":
+        figure(read(args.records), RECORDS.with_suffix(".png"))
+    else:
+        print(table(read(args.records)))
 
 
 if __name__ == "__main__":

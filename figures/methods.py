@@ -14,9 +14,8 @@ from allocator import allocate
 from model import Policy
 
 FORGET = 0.98  # of what was learnt, how much is left after a step: the policy moves
-RIDGE = 30.0  # prior precision of the regression's coefficients
-NORMS_KEPT = 1000  # prompts from which norms are predicted
-LEFT_OUT = 4.0  # of w^2: what it costs to leave a prompt out
+RIDGE = 30.0  # prior precision of the regressions' coefficients
+LEFT_OUT = 4.0  # what it costs to leave a prompt out, in costs of the first sample that tells something
 STRENGTHS = np.geomspace(0.25, 64, 9)  # kappa: as how many samples a prediction counts
 LOG_ODDS = np.linspace(-12, 12, 97)  # the grid on which p is known
 LOG_P, LOG_Q = -np.logaddexp(0, -LOG_ODDS), -np.logaddexp(0, LOG_ODDS)  # q = 1 - p
@@ -30,7 +29,16 @@ def mixed_only(problems, step, state, source, args) -> tuple:
     return mixed, [sample for sample in samples if len(rewards[sample.problem]) > 1], metrics
 
 
-# --- p of a prompt that nobody has sampled yet ---------------------------------------------------
+def oracle(problems, step, state, source, args) -> tuple:
+    """The ceiling: p and G of the step's prompts from 64 more samples of each, which are neither counted nor used."""
+    batch = gvm.problems_of_step(problems, step, args)
+    known = source.draw(batch, np.full(len(batch), 64), step, first_index=1000, with_norms=True)
+    weights = gvm.allocation_weights(gvm.estimate(known, batch, args.weighting), args)
+    samples = source.draw(batch, allocate(weights, args.samples_per_prompt * len(batch)), step)
+    return batch, samples, gvm.describe(batch, samples, [])
+
+
+# --- p and G of a prompt that nobody has sampled yet ---------------------------------------------
 @torch.no_grad()
 def prompt_states(policy: Policy, problems) -> np.ndarray:
     """What the policy says of its prompts, (problems, 2 hidden): the last layer at the last token, and the mean."""
@@ -40,92 +48,99 @@ def prompt_states(policy: Policy, problems) -> np.ndarray:
     return torch.stack([torch.cat([row[-1], row.mean(dim=0)]) for row in rows]).cpu().numpy()
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + e^-x), without overflow."""
-    return 0.5 * (1 + np.tanh(x / 2))
+def logistic(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """p = 1 / (1 + e^-x), and its slope."""
+    p = 0.5 * (1 + np.tanh(x / 2))  # without overflow
+    return p, p * (1 - p)
+
+
+def linear(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x itself, and its slope."""
+    return x, np.ones_like(x)
+
+
+class Regression:
+    """E[target] = link(features @ coefficients), learnt online: a Gaussian belief about the coefficients."""
+
+    def __init__(self, link, num_features: int):
+        self.link, self.mean, self.precision = link, np.zeros(num_features), RIDGE * np.eye(num_features)
+
+    def learn(self, features: np.ndarray, targets: np.ndarray, num_drawn: np.ndarray) -> None:
+        """Newton's steps to the most likely coefficients; the belief before, a little faded, is the prior.
+
+        features: (prompts, features); targets: means of num_drawn observations, (prompts,) each.
+        """
+        before = self.mean
+        known = FORGET * self.precision + (1 - FORGET) * RIDGE * np.eye(len(before))
+        for _ in range(4):
+            expected, slope = self.link(features @ self.mean)
+            gradient = features.T @ (num_drawn * (targets - expected)) - known @ (self.mean - before)
+            self.precision = (features.T * (num_drawn * slope)) @ features + known
+            self.mean = self.mean + np.linalg.solve(self.precision, gradient)
+
+    def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """features @ coefficients, its mean and variance, (prompts,) each."""
+        variance = np.einsum("nf,fn->n", features, np.linalg.solve(self.precision, features.T))
+        return features @ self.mean, variance
 
 
 class Predictor:
-    """p of a prompt from its states, by logistic regression learnt online; and how far to believe it."""
+    """p and gradient norms of prompts from the policy's hidden states, before anybody has sampled them."""
 
     def __init__(self):
-        self.moments = self.mean = self.precision = None
-        self.log_strength = np.zeros(len(STRENGTHS))  # log-evidence of each kappa
+        self.moments = None  # of the first step's states: (means, standard deviations)
+        self.log_evidence = np.zeros(len(STRENGTHS))  # of each kappa
 
     def features(self, states: np.ndarray) -> np.ndarray:
-        """Standardised as the first step's prompts were, and a constant: (problems, features)."""
+        """Standardised states, and a constant, (prompts, features)."""
         if self.moments is None:
             self.moments = states.mean(axis=0), states.std(axis=0) + 1e-6
-            size = states.shape[1] + 1
-            self.mean, self.precision = np.zeros(size), RIDGE * np.eye(size)
-        scaled = (states - self.moments[0]) / self.moments[1]
-        return np.hstack([scaled, np.ones((len(states), 1))])
+            self.rate, self.log_norm_right, self.log_norm_wrong = (
+                Regression(link, states.shape[1] + 1) for link in (logistic, linear, linear))
+        return np.hstack([(states - self.moments[0]) / self.moments[1], np.ones((len(states), 1))])
 
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """mu, (problems,), not quite 0 nor 1; the mean over what the coefficients may be."""
-        variance = np.einsum("nf,fn->n", features, np.linalg.solve(self.precision, features.T))
-        mu = sigmoid(features @ self.mean / np.sqrt(1 + np.pi / 8 * variance))  # MacKay's approximation
-        return mu.clip(0.005, 0.995)
+    def predict(self, features: np.ndarray) -> tuple:
+        """(mu, P(p), G+, G-): mu (prompts,); P(p) on the grid, (prompts, grid); norms (prompts,) each.
 
-    def learn(self, features: np.ndarray, mu, num_right, num_drawn) -> None:
-        """Four Newton steps towards the most likely coefficients; what was known before is the prior."""
-        before, known = self.mean, FORGET * self.precision + (1 - FORGET) * RIDGE * np.eye(len(self.mean))
-        for _ in range(4):
-            p = sigmoid(features @ self.mean)
-            gradient = features.T @ (num_right - num_drawn * p) - known @ (self.mean - before)
-            self.precision = (features.T * (num_drawn * p * (1 - p))) @ features + known
-            self.mean = self.mean + np.linalg.solve(self.precision, gradient)
-        evidence = np.log((priors(mu) * likelihood(num_right, num_drawn)).sum(axis=2)).sum(axis=1)
-        self.log_strength = FORGET * self.log_strength + evidence
+        P(p) is Beta(kappa mu, kappa (1 - mu)), averaged over kappa by how well each explained earlier steps.
+        """
+        mean, variance = self.rate.predict(features)
+        mu = logistic(mean / np.sqrt(1 + np.pi / 8 * variance))[0].clip(0.005, 0.995)  # MacKay's approximation
+        weights = np.exp(self.log_evidence - self.log_evidence.max())
+        prior = np.tensordot(weights / weights.sum(), betas(mu), 1)
+        norms = [np.exp(norm.predict(features)[0]) for norm in (self.log_norm_right, self.log_norm_wrong)]
+        return mu, prior, *norms
 
-    def posterior(self, mu, num_right, num_drawn) -> np.ndarray:
-        """P(p) of each prompt on the grid, (problems, grid): Beta(kappa mu, kappa (1 - mu)), averaged over kappa."""
-        joint = priors(mu) * likelihood(num_right, num_drawn)  # (strengths, problems, grid)
-        log_weight = self.log_strength + np.log(joint.sum(axis=2)).sum(axis=1)
-        joint = np.tensordot(np.exp(log_weight - log_weight.max()), joint / joint.sum(axis=2, keepdims=True), 1)
-        return joint / joint.sum(axis=1, keepdims=True)
+    def learn(self, features: np.ndarray, mu: np.ndarray, table: dict) -> None:
+        """table: of gvm.estimate; mu: what was predicted. Prompts without samples count for nothing."""
+        right, drawn = table["num_right"], table["num_drawn"]
+        log_likelihood = np.outer(right, LOG_P) + np.outer(drawn - right, LOG_Q)  # (prompts, grid)
+        evidence = np.log((betas(mu) * np.exp(log_likelihood)).sum(axis=2)).sum(axis=1)
+        self.log_evidence = FORGET * self.log_evidence + evidence
+        self.rate.learn(features, right / np.maximum(drawn, 1), drawn)
+        for norm, name in ((self.log_norm_right, "norm_right"), (self.log_norm_wrong, "norm_wrong")):
+            seen = table[name] > 0
+            norm.learn(features[seen], np.log(table[name][seen]), np.ones(seen.sum()))
 
 
-def priors(mu: np.ndarray) -> np.ndarray:
-    """(strengths, problems, grid)."""
+def betas(mu: np.ndarray) -> np.ndarray:
+    """Beta(kappa mu, kappa (1 - mu)) for each kappa, on the grid: (strengths, prompts, grid)."""
     a, b = STRENGTHS[:, None, None] * mu[:, None], STRENGTHS[:, None, None] * (1 - mu)[:, None]
     logs = a * LOG_P + b * LOG_Q
     values = np.exp(logs - logs.max(axis=2, keepdims=True))
     return values / values.sum(axis=2, keepdims=True)
 
 
-def likelihood(num_right, num_drawn) -> np.ndarray:
-    """(problems, grid), up to a factor for each problem."""
-    logs = np.outer(num_right, LOG_P) + np.outer(num_drawn - num_right, LOG_Q)
-    return np.exp(logs - logs.max(axis=1, keepdims=True))
+def allocate_or_leave(weights: np.ndarray, budget: int, smallest: int) -> np.ndarray:
+    """Counts n_i, (prompts,), each 0 or at least `smallest`: some prompts are left out, others get several samples.
 
-
-class NormPredictor:
-    """The gradient norm of a prompt's right (or wrong) samples, by ridge regression of its logarithm."""
-
-    def __init__(self):
-        self.features, self.logs = [], []  # of the prompts that had such samples, newest last
-
-    def learn(self, features: np.ndarray, norms: np.ndarray) -> None:
-        """features: (prompts, features); norms: (prompts,), 0 where there was no such sample."""
-        self.features = [*self.features, *features[norms > 0]][-NORMS_KEPT:]
-        self.logs = [*self.logs, *np.log(norms[norms > 0])][-NORMS_KEPT:]
-
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """(prompts,); all equal before anything was learnt."""
-        if not self.logs:
-            return np.ones(len(features))
-        known, logs = np.array(self.features), np.array(self.logs)
-        slopes = np.linalg.solve(known.T @ known + RIDGE * np.eye(known.shape[1]), known.T @ (logs - logs.mean()))
-        return np.exp(logs.mean() + features @ slopes)
-
-
-def buy_groups(weights: np.ndarray, budget: int, smallest: int) -> np.ndarray:
-    """Counts, each 0 or at least `smallest`: the best of a prompt's samples first, until the budget is spent.
-
-    With n samples a prompt costs w^2 / (n - smallest + 1): with a group baseline (smallest = 2) one of them serves
-    the others. Left out it costs LEFT_OUT w^2: a bias, and not infinite. Every purchase is the one that lowers the
-    sum most for each of its samples.
+    With a group baseline (smallest = 2) one sample serves the others and says nothing by itself: the variance is
+    w^2 / (n - 1). Without one (smallest = 1) it is w^2 / n. A prompt left out is no infinite variance, but signal that
+    is missing. Progress goes with S^2 / V, S = sum s_i the signal and V the variance, over prompts that are served. By
+    its derivative, leaving out prompt i is worth a variance of 2 (V / S) s_i; and signal and variance have the same
+    factor p (1 - p), so that this is 2 (1 + rho) w_i^2, where all have `smallest` samples and rho is the variance from
+    prompt to prompt over that from sample to sample. LEFT_OUT stands for rho = 1. Bought is what lowers the sum most for
+    each sample, until the budget is spent: the optimum but for the last purchase.
     """
     later = np.arange(1, budget)
     gains = np.outer(weights**2, [(LEFT_OUT - 1) / smallest, *1 / (later * (later + 1))])  # for each sample bought
@@ -139,45 +154,26 @@ def buy_groups(weights: np.ndarray, budget: int, smallest: int) -> np.ndarray:
 
 
 class Predicted:
-    """A draw_step without a pilot: half of the budget by predictions, the rest by what those samples add to them."""
+    """A draw_step without a pilot: p and G are predicted, and all samples of the step are drawn at once."""
 
     def __init__(self, candidates: int):
-        """candidates: problems looked at, for each one of --prompts-per-step; above 1 some get no samples."""
-        self.candidates = candidates
-        self.predictor, self.norm_right, self.norm_wrong = Predictor(), NormPredictor(), NormPredictor()
-
-    def weights(self, posterior: np.ndarray, norms, args) -> np.ndarray:
-        """sqrt(E[w^2]), (problems,), over what p may be."""
-        moments = np.zeros(len(posterior))
-        for p, probability in zip(sigmoid(LOG_ODDS), posterior.T):
-            moments += probability * gvm.RULES[args.allocator](np.full(len(posterior), p), *norms, args) ** 2
-        return np.sqrt(moments)
+        """candidates: problems looked at, for each one of --prompts-per-step; some get no samples."""
+        self.candidates, self.predictor = candidates, Predictor()
 
     def __call__(self, problems, step, state, source, args) -> tuple:
         wider = argparse.Namespace(**vars(args) | {"prompts_per_step": self.candidates * args.prompts_per_step})
         batch, budget = gvm.problems_of_step(problems, step, wider), args.prompts_per_step * args.samples_per_prompt
         features = self.predictor.features(prompt_states(source.policy, batch))
-        mu, nothing = self.predictor.predict(features), np.zeros(len(batch), dtype=int)
-        norms = self.norm_right.predict(features), self.norm_wrong.predict(features)
-        weights = self.weights(self.predictor.posterior(mu, nothing, nothing), norms, args)
-        if self.candidates > 1:
-            drawn = buy_groups(weights, budget, smallest=2 if args.objective == "grpo" else 1)
-            samples = source.draw(batch, drawn, step, with_norms=True)
-        else:
-            first = allocate(weights, budget // 2)
-            samples = source.draw(batch, first, step, with_norms=True)
-            table = gvm.estimate(samples, batch, args.weighting)
-            seen = [np.where(table[name] > 0, table[name], norm)
-                    for name, norm in zip(("norm_right", "norm_wrong"), norms)]
-            posterior = self.predictor.posterior(mu, table["num_right"], table["num_drawn"])
-            drawn = allocate(self.weights(posterior, seen, args), budget, min_samples=first)
-            samples += source.draw(batch, drawn - first, step, first_index=first, with_norms=True)
-        table, served = gvm.estimate(samples, batch, args.weighting), drawn > 0
-        self.predictor.learn(features[served], mu[served], table["num_right"][served], drawn[served])
-        self.norm_right.learn(features, table["norm_right"])
-        self.norm_wrong.learn(features, table["norm_wrong"])
-        shares = table["num_right"][served] / drawn[served]
-        metrics = {"prediction_error": float(np.mean((mu[served] - shares) ** 2)),
-                   "prediction_strength": float(STRENGTHS[self.predictor.log_strength.argmax()])}
+        mu, prior, *norms = self.predictor.predict(features)
+        moments = np.zeros(len(batch))  # E[w^2] over what p may be
+        for p, probability in zip(np.exp(LOG_P), prior.T):
+            moments += probability * gvm.RULES[args.allocator](np.full(len(batch), p), *norms, args) ** 2
+        drawn = allocate_or_leave(np.sqrt(moments), budget, smallest=2 if args.objective == "grpo" else 1)
+        samples = source.draw(batch, drawn, step, with_norms=True)
+        table = gvm.estimate(samples, batch, args.weighting)
+        self.predictor.learn(features, mu, table)
+        served = drawn > 0
+        error = float(np.mean((mu[served] - table["num_right"][served] / drawn[served]) ** 2))
+        strength = float(STRENGTHS[self.predictor.log_evidence.argmax()])
         batch = [problem for problem, is_served in zip(batch, served) if is_served]
-        return batch, samples, gvm.describe(batch, samples, []) | metrics
+        return batch, samples, gvm.describe(batch, samples, []) | {"prediction_error": error, "prediction_strength": strength}

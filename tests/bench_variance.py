@@ -6,7 +6,11 @@
 Measured, not predicted: for each estimator and each way to spend 8 samples a prompt (pilot included, unsolved prompts
 included), many independent estimates of one update's gradient are made by the project's own code, at fixed weights, and
 compared with the exact gradient. Their mean squared error is the sum of their variance and of their squared bias; all
-three are given relative to the mean squared error with uniform counts.
+three are given relative to the mean squared error with uniform counts. The last table is the bias of `loo` by p.
+
+The damped log-likelihood is the target that Eq. 7 stands for: a prompt's gradient times (1 + alpha / p^beta)^(-1/2), in
+the estimate and in the exact gradient. Undamped, prompts that are solved in under 1 % of samples make up most of the
+error, which no allocation of so few samples can repair.
 
 How. Many samples of each problem are drawn once, and these are the population: estimates draw from them, with
 replacement, and the exact gradient, p and G are theirs, without an error of their own. (An independent set for the
@@ -28,8 +32,9 @@ import torch.distributed as dist  # noqa: E402
 from conftest import flags  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import gvm  # noqa: E402
 import grpo  # noqa: E402, F401 (adds its objective)
-from allocator import allocate  # noqa: E402
+from allocator import allocate, reward_weights  # noqa: E402
 from data import Grader, Sample  # noqa: E402
 from gvm import SampleSource, allocation_weights, e_step, estimate, problems_of_step  # noqa: E402
 from model import Policy, load_model  # noqa: E402
@@ -40,8 +45,10 @@ from sampler import HfSampler, collate, draw, fill_logprobs, load_prompts  # noq
 PROBLEMS, POPULATION, SKETCH, ESTIMATES = 64, 1024, 1024, 600
 
 POOL = ["--data", ROOT / "tests" / "toy" / "spared.jsonl", "--prompts-per-step", PROBLEMS, "--samples-per-prompt", 8]
+LIKELIHOODS = ("log-likelihood", "... damped")
 ESTIMATORS = {  # the objective, and the rule that fits it
     "log-likelihood": ["--objective", "raft", "--allocator", "gvm"],
+    "... damped": ["--objective", "raft", "--allocator", "gvm"],
     "reward, loo": ["--objective", "grpo", "--allocator", "reward", "--advantage", "loo"],
     "reward, dr": ["--objective", "grpo", "--allocator", "reward", "--advantage", "dr"],
     "reward, grpo": ["--objective", "grpo", "--allocator", "reward", "--advantage", "grpo"],
@@ -58,6 +65,11 @@ RULES = {
     "reward plug-in rounds": ["--allocator", "reward", "--no-shrink", *ROUNDS],
     "oracle": [],  # the rule that fits, with p and G known
 }
+# For advantages that are divided by the standard deviation: as if groups were large, and as if nothing was divided.
+gvm.RULES["large groups"] = lambda p, right, wrong, args: reward_weights(p, right, wrong, group_size=1_000_000)
+gvm.RULES["undivided"] = lambda p, right, wrong, args: reward_weights(p, right, wrong)
+DIVIDED = {"uniform": RULES["uniform"], "reward rounds": RULES["reward rounds"]} | {
+    f"{name} rounds": ["--allocator", name, *ROUNDS] for name in ("large groups", "undivided")}
 
 
 class Pool:
@@ -83,14 +95,23 @@ class Pool:
     def exact(self, problems: np.ndarray, estimator: str, part=slice(None)) -> np.ndarray:
         """The gradient that infinitely many samples of (part of) these problems' populations would give, (SKETCH,)."""
         total = np.zeros(SKETCH)
-        for places in self.places[problems, part]:
+        for places, damping in zip(self.places[problems, part], self.damping(problems)):
             g, r = self.gradients[places], self.right[places].astype(float)
-            if estimator == "log-likelihood":  # E[-grad ln pi | right]; none for a problem that is never solved
-                total += r @ g / max(r.sum(), 1)
+            if estimator in LIKELIHOODS:  # E[-grad ln pi | right]; none for a problem that is never solved
+                total += r @ g / max(r.sum(), 1) * (damping if estimator == "... damped" else 1.0)
             else:  # -grad p, with the rewards divided by their standard deviation in `grpo`
                 scale = r.std() + 1e-6 if estimator == "reward, grpo" else 1.0
                 total += (r - r.mean()) / scale @ g / len(r)
         return total / len(problems)
+
+    def rates(self, problems: np.ndarray) -> np.ndarray:
+        """p, (problems,)."""
+        return self.right[self.places[problems]].mean(axis=1)
+
+    def damping(self, problems: np.ndarray) -> np.ndarray:
+        """(1 + alpha / p^beta)^(-1/2), (problems,), with --alpha and --beta as they come."""
+        args = flags(*sys.argv[1:])
+        return 1 / np.sqrt(1 + args.alpha / np.maximum(self.rates(problems), 1e-9) ** args.beta)
 
 
 def sketch(policy: Policy, samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
@@ -117,9 +138,12 @@ def known_counts(pool: Pool, chosen: np.ndarray, args) -> np.ndarray:
     return allocate(allocation_weights(known, args), len(chosen) * args.samples_per_prompt)
 
 
-def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.ndarray:
-    """Independent estimates of the gradient over the chosen problems, as the scripts make them, (ESTIMATES, SKETCH)."""
-    args = flags(*POOL, *ESTIMATORS[estimator], *RULES[rule], *sys.argv[1:])
+def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> tuple[np.ndarray, np.ndarray]:
+    """Independent estimates of the gradient over the chosen problems, as the scripts make them, (ESTIMATES, SKETCH).
+
+    Also what they say in the mean of each problem's E[A r], (problems,): with the baseline p it is p (1 - p).
+    """
+    args = flags(*POOL, *ESTIMATORS[estimator], *(RULES | DIVIDED)[rule], *sys.argv[1:])
     problems, generator = [pool.problems[i] for i in chosen], np.random.default_rng(1)
 
     class FromPool(SampleSource):
@@ -130,7 +154,8 @@ def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.n
     source = FromPool(None, None, None, args)
 
     fixed = known_counts(pool, chosen, args) if rule == "oracle" else np.full(len(chosen), args.samples_per_prompt)
-    found = np.zeros((ESTIMATES, SKETCH))
+    found, signal = np.zeros((ESTIMATES, SKETCH)), np.zeros(len(chosen))
+    row_of, damping = {problem.id: row for row, problem in enumerate(problems)}, pool.damping(chosen)
     for row in found:
         if rule in ("uniform", "oracle"):
             samples = source.draw(problems, fixed, step=1)
@@ -139,8 +164,12 @@ def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> np.n
         advantages, used = OBJECTIVES[args.objective](samples, args)
         weights = loss_weights(samples, used, len(problems), args.weighting)
         mean_length = np.mean([len(sample.response_ids) for sample in samples])  # a common scale: taken out again
-        row += advantages * weights * mean_length @ pool.gradients[[sample.index for sample in samples]]
-    return found
+        terms, owners = advantages * weights * mean_length, [row_of[sample.problem] for sample in samples]
+        signal += np.bincount(owners, terms * [sample.reward for sample in samples], len(chosen))
+        if estimator == "... damped":
+            terms = terms * damping[owners]
+        row += terms @ pool.gradients[[sample.index for sample in samples]]
+    return found, signal * len(chosen) / ESTIMATES
 
 
 def measure(pool: Pool, prompts: int, estimator: str, rule: str) -> np.ndarray:
@@ -148,7 +177,7 @@ def measure(pool: Pool, prompts: int, estimator: str, rule: str) -> np.ndarray:
     groups = np.arange(PROBLEMS).reshape(-1, prompts)
     totals = np.zeros(3)
     for chosen in groups:
-        found, exact = estimates(pool, chosen, estimator, rule), pool.exact(chosen, estimator)
+        (found, _), exact = estimates(pool, chosen, estimator, rule), pool.exact(chosen, estimator)
         errors = ((found - exact) ** 2).sum(axis=1)
         # The squared distance of the mean of the estimates has their variance over their number in it.
         bias = ((found.mean(axis=0) - exact) ** 2).sum() - found.var(axis=0, ddof=1).sum() / ESTIMATES
@@ -177,13 +206,26 @@ def table(pool: Pool, prompts: int, estimators, rules) -> None:
 
 def rarely_solved(pool: Pool) -> None:
     """Print whose the bias of the log-likelihood estimate is: without a right sample, problem i is missing."""
-    rates = pool.right[pool.places].mean(axis=1)
+    rates = pool.rates(np.arange(PROBLEMS))
     gradients = np.array([pool.exact(np.array([i]), "log-likelihood") for i in range(PROBLEMS)])
     missing = (1 - rates[:, None]) ** 8 * gradients  # in expectation, of 8 samples
     rare = rates < 0.01
     share = (missing[rare].sum(axis=0) ** 2).sum() / (missing.sum(axis=0) ** 2).sum()
     print(f"{rare.sum()} of {PROBLEMS} problems are right in under 1 % of their samples; with uniform counts, "
           f"{share:.0%} of the log-likelihood's squared bias is theirs")
+
+
+def loo_by_p(pool: Pool) -> None:
+    """Print E[A r] over p (1 - p), by p: 1 if the estimate is unbiased. The pilot is trained on, so its luck counts."""
+    everyone, rules = np.arange(PROBLEMS), ("uniform", "reward plug-in", "reward rounds")
+    rates, edges = pool.rates(everyone), np.array([0.005, 0.05, 0.2, 0.4, 0.6, 0.8, 0.995])
+    print("\nloo: the estimate over the truth, for p in" + "".join(f"{f'{a:g} to {b:g}':>14s}" for a, b in
+                                                                zip(edges, edges[1:])))
+    for rule in rules:
+        signal = np.concatenate([estimates(pool, chosen, "reward, loo", rule)[1] for chosen in everyone.reshape(2, -1)])
+        inside = [(rates >= a) & (rates < b) for a, b in zip(edges, edges[1:])]
+        ratios = [signal[i].sum() / (rates[i] * (1 - rates[i])).sum() for i in inside]
+        print(f"{rule:43s}" + "".join(f"{ratio:14.2f}" for ratio in ratios), flush=True)
 
 
 def main() -> None:
@@ -197,6 +239,8 @@ def main() -> None:
     table(pool, 32, ESTIMATORS, RULES)
     for prompts in (16, 64):
         table(pool, prompts, ["log-likelihood", "reward, grpo"], [rule for rule in RULES if rule != "oracle"])
+    table(pool, 32, ["reward, grpo"], DIVIDED)
+    loo_by_p(pool)
     dist.destroy_process_group()
 
 
