@@ -31,9 +31,8 @@ def gvm_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
 
 
 def reward_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
-    """For the expected reward, which GRPO maximises; its advantages may be divided by the std."""
-    group_size = args.samples_per_prompt if args.advantage == "grpo" else None
-    return reward_weights(p, norm_right, norm_wrong, group_size)
+    """For the expected reward, which GRPO maximises."""
+    return reward_weights(p, norm_right, norm_wrong)
 
 
 # --allocator; "uniform" needs no rule. With --shrink, posterior_weights calls the rule.
@@ -62,8 +61,6 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     add("--tokens-per-micro-batch", type=positive_int, default=16384,
         help="padded tokens in one forward pass: less memory with fewer, the same result")
     add("--fsdp", action="store_true", help="FSDP2: a part of the model on each GPU; needs vllm")
-    add("--advantage", choices=["grpo", "dr", "loo"], default="grpo",
-        help="grpo.py's; here because the reward rule depends on it")
 
 
 def check_budget(args: argparse.Namespace, objective: str | None = None) -> None:

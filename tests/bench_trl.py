@@ -147,7 +147,7 @@ def run_trl(args, out: Path) -> dict:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    flags = run.parse_flags(words(args, out), grpo.__doc__, raft.add_flags, grpo.set_defaults)
+    flags = run.parse_flags(words(args, out), grpo.__doc__, grpo.add_flags)
     model, tokenizer = load_model(flags, run.join_ranks())
     problems = sampler.load_prompts(args.data, flags.split, tokenizer, flags)
     dist.destroy_process_group()

@@ -6,7 +6,8 @@
 Measured, not predicted: for each estimator and each way to spend 8 samples a prompt (pilot included, unsolved prompts
 included), many independent estimates of one update's gradient are made by the project's own code, at fixed weights, and
 compared with the exact gradient. Their mean squared error is the sum of their variance and of their squared bias; all
-three are given relative to the mean squared error with uniform counts. The last table is the bias of `loo` by p.
+three are given relative to the mean squared error with uniform counts. The last tables are the bias of `loo` by p, and what
+leaving prompts out does.
 
 The damped log-likelihood is the target that Eq. 7 stands for: a prompt's gradient times (1 + alpha / p^beta)^(-1/2), in
 the estimate and in the exact gradient. Undamped, prompts that are solved in under 1 % of samples make up most of the
@@ -21,19 +22,21 @@ Gradients are those of all parameters, kept as a count sketch: each coordinate i
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "figures")]
 
 import numpy as np  # noqa: E402 (the project's modules lie one folder up)
 import torch  # noqa: E402
+import conftest  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from conftest import flags  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import grpo  # noqa: E402
 import gvm  # noqa: E402
-import grpo  # noqa: E402, F401 (adds its objective)
+import methods  # noqa: E402 (in figures/)
 from allocator import allocate, reward_weights  # noqa: E402
 from data import Grader, Sample  # noqa: E402
 from gvm import SampleSource, allocation_weights, e_step, estimate, problems_of_step  # noqa: E402
@@ -41,6 +44,8 @@ from model import Policy, load_model  # noqa: E402
 from raft import OBJECTIVES, loss_weights  # noqa: E402
 from run import join_ranks  # noqa: E402
 from sampler import HfSampler, collate, draw, fill_logprobs, load_prompts  # noqa: E402
+
+flags = partial(conftest.flags, add_flags=grpo.add_flags)  # which are raft.py's as well
 
 PROBLEMS, POPULATION, SKETCH, ESTIMATES = 64, 1024, 1024, 600
 
@@ -65,11 +70,18 @@ RULES = {
     "reward plug-in rounds": ["--allocator", "reward", "--no-shrink", *ROUNDS],
     "oracle": [],  # the rule that fits, with p and G known
 }
-# For advantages that are divided by the standard deviation: as if groups were large, and as if nothing was divided.
-gvm.RULES["large groups"] = lambda p, right, wrong, args: reward_weights(p, right, wrong, group_size=1_000_000)
-gvm.RULES["undivided"] = lambda p, right, wrong, args: reward_weights(p, right, wrong)
+
+
+def divided_rule(group_size: int):
+    """A rule for advantages that are divided by the standard deviation of their group, see allocator.reward_weights."""
+    def rule(p, norm_right, norm_wrong, args) -> np.ndarray:
+        return np.sqrt((1 - p - (1 - p) ** group_size) * norm_right**2 + (p - p**group_size) * norm_wrong**2)
+    return rule
+
+
+gvm.RULES |= {"groups of 8": divided_rule(8), "large groups": divided_rule(1_000_000)}
 DIVIDED = {"uniform": RULES["uniform"], "reward rounds": RULES["reward rounds"]} | {
-    f"{name} rounds": ["--allocator", name, *ROUNDS] for name in ("large groups", "undivided")}
+    f"{name} rounds": ["--allocator", name, *ROUNDS] for name in ("groups of 8", "large groups")}
 
 
 class Pool:
@@ -228,19 +240,58 @@ def loo_by_p(pool: Pool) -> None:
         print(f"{rule:43s}" + "".join(f"{ratio:14.2f}" for ratio in ratios), flush=True)
 
 
-def main() -> None:
-    """Make the pool and print the tables."""
-    args = flags(*POOL)
+def left_out(pool: Pool) -> None:
+    """Print what 64 samples say of the gradient over all 64 prompts, if they are spent on some of them; by `loo`.
+
+    The estimate is the mean over the prompts that are served. Its direction is what counts. Bias: the cosine between its
+    mean and the exact gradient. Signal: the share of its mean squared length that points along the exact gradient.
+    """
+    generator, exact = np.random.default_rng(1), pool.exact(np.arange(PROBLEMS), "reward, loo")
+    args = flags(*ESTIMATORS["reward, loo"])
+    best = methods.allocate_or_leave(reward_weights(pool.rates(np.arange(PROBLEMS)), *np.ones((2, PROBLEMS))), 64, 2)
+
+    def spread(prompts: int) -> np.ndarray:
+        counts = np.zeros(PROBLEMS, dtype=int)
+        counts[generator.choice(PROBLEMS, prompts, replace=False)] = 64 // prompts
+        return counts
+
+    ways = {f"{m} at random x {64 // m}": lambda m=m: spread(m) for m in (8, 16, 32)}
+    print("\n64 samples for 64 prompts          cosine of the mean    signal")
+    for name, counts_of in (ways | {f"p known: {(best > 0).sum()} served, up to {best.max()}": lambda: best}).items():
+        found = np.zeros((4 * ESTIMATES, SKETCH))
+        for row in found:
+            counts = counts_of()
+            places = np.concatenate([generator.choice(pool.places[i], counts[i]) for i in range(PROBLEMS)])
+            samples = [pool.samples[place] for place in places]
+            advantages, used = OBJECTIVES["grpo"](samples, args)
+            weights = loss_weights(samples, used, (counts > 0).sum(), args.weighting)
+            row += advantages * weights @ pool.gradients[places]
+        squares, total = (found**2).sum(axis=1), found.sum(axis=0)
+        mean_square = ((total**2).sum() - squares.sum()) / (len(found) * (len(found) - 1))  # without its own variance
+        along = found @ exact / np.linalg.norm(exact)
+        cosine, signal = along.mean() / np.sqrt(mean_square), along.mean() ** 2 / squares.mean()
+        print(f"{name:36s}{cosine:18.2f}{signal:10.4f}", flush=True)
+
+
+def make_pool(*words) -> Pool:
+    """The population of a step's problems."""
+    args = flags(*POOL, *words)
     model, tokenizer = load_model(args, join_ranks())
     problems = problems_of_step(load_prompts(args.data, args.split, tokenizer, args), 1, args)
     with Grader() as grader:
-        pool = Pool(Policy(model), HfSampler(model, tokenizer, args), grader, problems)
+        return Pool(Policy(model), HfSampler(model, tokenizer, args), grader, problems)
+
+
+def main() -> None:
+    """Make the pools and print the tables."""
+    pool = make_pool()
     rarely_solved(pool)
     table(pool, 32, ESTIMATORS, RULES)
     for prompts in (16, 64):
         table(pool, prompts, ["log-likelihood", "reward, grpo"], [rule for rule in RULES if rule != "oracle"])
     table(pool, 32, ["reward, grpo"], DIVIDED)
     loo_by_p(pool)
+    left_out(make_pool("--data", ROOT / "tests" / "toy" / "train.jsonl"))
     dist.destroy_process_group()
 
 

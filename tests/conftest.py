@@ -29,9 +29,9 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # published files, where they are at hand
 
 
-def flags(*words: str) -> Namespace:
-    """The flags of raft.py, with their defaults."""
-    return run.parse_flags(list(map(str, words)), raft.__doc__, raft.add_flags)
+def flags(*words: str, add_flags=raft.add_flags) -> Namespace:
+    """The flags of raft.py, or of another script, with their defaults."""
+    return run.parse_flags(list(map(str, words)), raft.__doc__, add_flags)
 
 
 def m_step(learner, optimizer, problems, samples, args, reference=None) -> dict:

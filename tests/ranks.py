@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import flags, m_step, make_sample
 
-import grpo  # noqa: F401 (adds its objective)
+import grpo
 from data import Grader, InputError, Problem
 from model import Policy, distribute, load_model, load_optimizer, newest_checkpoint, save_checkpoint, whole
 from raft import split_updates, train_step
@@ -102,7 +102,7 @@ def main() -> None:
         samples = toy_samples(tokenizer)
         single = [sample for sample in samples if sample.reward > 0][:1]  # leaves every rank but one without a sample
         results = {"raft": one_update(samples, args), "single": one_update(single, args),
-                   "grpo": one_update(samples, flags(*words, "--objective", "grpo")),
+                   "grpo": one_update(samples, flags(*words, add_flags=grpo.add_flags)),
                    "places": gather([{name: int(os.environ.get(name, "-1")) for name in PLACE}])}  # by rank
         if dist.get_rank() == 0:
             torch.save(results, out)

@@ -78,18 +78,11 @@ def test_weights_refuse_bad_input(arguments, named):
 
 
 def test_reward_weights_by_hand():
-    # p = 1/4, G+ = 2, G- = 4: 3/16 [3/4 * 4 + 1/4 * 16] = 21/16, and 7 without the variance 3/16.
+    # p = 1/4, G+ = 2, G- = 4: 3/16 [3/4 * 4 + 1/4 * 16] = 21/16.
     assert reward_weights([0.25], [2.0], [4.0]) ** 2 == pytest.approx([21 / 16])
-    assert reward_weights([0.25], [2.0], [4.0], group_size=1_000_000) ** 2 == pytest.approx([7.0])
-    # Pairs: (3/4 - 9/16) 4 + (1/4 - 1/16) 16 = 15/4; and of one sample alone nothing can be said.
-    assert reward_weights([0.25], [2.0], [4.0], group_size=2) ** 2 == pytest.approx([15 / 4])
-    assert reward_weights([0.25], [2.0], [4.0], group_size=1).tolist() == [0.0]
-    for group_size in (None, 2, 8):  # equal rewards: no gradient
-        assert reward_weights([0.0, 1.0], [0.0, 3.0], [3.0, 0.0], group_size).tolist() == [0.0, 0.0]
+    assert reward_weights([0.0, 1.0], [0.0, 3.0], [3.0, 0.0]).tolist() == [0.0, 0.0]  # equal rewards: no gradient
     p, right, wrong = np.array([0.1, 0.7]), np.array([1.0, 2.0]), np.array([3.0, 0.5])  # right and wrong change places
-    for group_size in (None, 5):
-        swapped = reward_weights(1 - p, wrong, right, group_size)
-        assert reward_weights(p, right, wrong, group_size) == pytest.approx(swapped)
+    assert reward_weights(p, right, wrong) == pytest.approx(reward_weights(1 - p, wrong, right))
     for arguments, named in [(([2.0], [1.0], [1.0]), "accept_rates"), (([0.5], [-1.0], [1.0]), "norm_right"),
                              (([0.5], [1.0], [1.0, 1.0]), "norm_wrong")]:
         with pytest.raises(ValueError, match=named):
@@ -105,8 +98,8 @@ def test_reward_weights_are_the_spread_of_a_sample_s_term():
     for n in (2, 4, 8):
         advantages = np.concatenate([grpo_advantage(group.astype(float)) for group in right[:80_000].reshape(-1, n)])
         expected = np.mean((advantages * norms[:80_000]) ** 2)
-        squared = reward_weights([0.3], [2.0], [0.7], group_size=n) ** 2
-        assert (n - 1) / n * squared == pytest.approx([expected], rel=0.03)
+        exact = (0.7 - 0.7**n) * 2.0**2 + (0.3 - 0.3**n) * 0.7**2  # as the docstring has it, up to (n - 1) / n
+        assert (n - 1) / n * exact == pytest.approx(expected, rel=0.03)
 
 
 def expected_rate(right, drawn) -> np.ndarray:

@@ -1,16 +1,20 @@
 """grpo.py: advantages and weights by hand, and runs that differ from raft.py's by them alone."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, check_killed_and_resumed, flags, m_step, make_sample, parameters, read_log, run_script
+from conftest import SMALL, check_killed_and_resumed, m_step, make_sample, parameters, read_log, run_script
 
+import conftest
+import grpo
 from data import Problem
 from grpo import group_advantages, grpo_objective
 from model import Policy, distribute, load_model
 from raft import loss_weights
 
-GRPO = ["--objective", "grpo", "--clip-high", 0.2]
+flags = partial(conftest.flags, add_flags=grpo.add_flags)
 # Groups of 3, 2 and 1 samples, mixed: rewards 1 0 0, 0 0 and 1; 18 tokens in all.
 SAMPLES = [make_sample(0, 1.0, [1]), make_sample(1, 0.0, [1] * 3), make_sample(0, 0.0, [1] * 2),
            make_sample(0, 0.0, [1] * 4), make_sample(2, 1.0, [1] * 5), make_sample(1, 0.0, [1] * 3)]
@@ -63,7 +67,7 @@ def test_the_gradient_is_that_of_a_plain_loop(device, model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     policy, texts = Policy(model), ["4+3=7;", "\\boxed{7}", "1+1=2;2+2=4;", "9", "8-8=0;", "0;0"]
     samples = [make_sample(s.problem, s.reward, tokenizer.encode(text)) for s, text in zip(SAMPLES, texts)]
-    problems, args = [Problem(i, "", "") for i in range(3)], flags(*GRPO, "--updates-per-step", 1, "--grad-clip", 1e9)
+    problems, args = [Problem(i, "", "") for i in range(3)], flags("--updates-per-step", 1, "--grad-clip", 1e9)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     metrics = m_step(distribute(policy), optimizer, problems, samples, args)
     found = torch.cat([p.grad.flatten() for p in policy.parameters()])
@@ -84,7 +88,7 @@ def test_without_advantages_only_the_kl_trains(device, model_and_tokenizer):
         reference.model.get_output_embeddings().weight.mul_(0.9)
     equal, problems = [make_sample(0, 1.0, [9, 9]) for _ in range(2)], [Problem(0, "", "")]
     for kl_coef, updates in ((0.0, 0), (0.1, 1)):
-        args = flags(*GRPO, "--updates-per-step", 1, "--kl-coef", kl_coef)
+        args = flags("--updates-per-step", 1, "--kl-coef", kl_coef)
         before = policy.model.get_output_embeddings().weight.clone()
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         metrics = m_step(distribute(policy), optimizer, problems, equal, args, reference if kl_coef else None)

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, SMALL, read_log
 
 import allocator
+import grpo
 import gvm
 import raft
 from data import InputError
@@ -81,7 +82,7 @@ def test_an_objective_is_an_entry(device, tmp_path, monkeypatch):
                                    ["--weighting", "none"], ["--advantage", "none"]])
 def test_unknown_names_fail(device, words):
     with pytest.raises(InputError, match=f"{words[0]}: invalid choice"):
-        raft.main(words)
+        grpo.main(words)
 
 
 def test_the_table_of_eight_prompts_is_what_allocator_py_prints():
