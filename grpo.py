@@ -2,7 +2,7 @@
 
     torchrun grpo.py                                      # the toy, on a CPU, in minutes
     torchrun grpo.py --allocator uniform                  # what it is compared with
-    torchrun grpo.py --advantage loo                      # unbiased, also with unequal group sizes
+    torchrun grpo.py --advantage loo                      # all prompts count the same, see below
     torchrun --nproc-per-node 8 grpo.py ...               # flags as for raft.py: see README.md
 
 RAFT gives right samples the advantage 1 and drops the others. GRPO trains on all samples. The
@@ -14,9 +14,8 @@ Unequal groups. GRPO's baseline is the mean of the whole group, which contains t
 That makes its advantage, and the expected gradient, (n_i - 1) / n_i of the leave-one-out one:
 prompts with more samples count more, by up to a factor of 2 between n_i = 2 and infinity. With
 `--advantage loo` there is no such factor. It is unbiased if n_i does not depend on the samples
-themselves. Here the pilot is trained on as well, and its luck decides how many others join it:
-of the true gradient, prompts of small and large p then show 0.84 to 0.95, those between 0.89 to
-1.02 (tests/README.md).
+that it counts; since the pilot is trained on, n_i does, and the estimate is a little small: by
+up to 16 % where p is small (tests/README.md).
 """
 
 import argparse
@@ -29,10 +28,10 @@ from data import Sample
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """raft.py's and --advantage; by default GRPO, the allocation rule that fits, PPO's clip range."""
+    """raft.py's and --advantage; defaults: GRPO, the rule that fits it, PPO's clip range."""
     raft.add_flags(parser)
     parser.add_argument("--advantage", choices=ADVANTAGES, default="grpo",
-                        help="grpo: over the group's std; dr: without it; loo: unbiased")
+                        help="grpo: divided by the std; dr: not; loo: against the others only")
     parser.set_defaults(objective="grpo", allocator="reward", clip_high=0.2)
 
 
