@@ -124,8 +124,8 @@ def right_of_each(spec: dict) -> dict:
     """The record of 64 samples of each problem by the toy as it is: how many were right."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "table.jsonl"
-        words = ["--data", ROOT / "tests" / "toy" / MIXES[spec["mix"]], "--pilot-samples", 64, "--samples-per-prompt", 64,
-                 "--rounds", 1, "--out", out]
+        words = ["--data", ROOT / "tests" / "toy" / MIXES[spec["mix"]], "--pilot-samples", 64,
+                 "--samples-per-prompt", 64, "--rounds", 1, "--out", out]
         subprocess.run([sys.executable, ROOT / "gvm.py", *map(str, words)], capture_output=True, check=True)
         return spec | {"curve": [], "right": {row["id"]: row["num_right"] for row in read_rows(out)}}
 
@@ -213,16 +213,25 @@ def speedup(curves: np.ndarray, uniform: np.ndarray, column: int, draws: int = 2
     return f"{text(ratio(np.arange(len(curves))))} ({text(low)} to {text(high)})"
 
 
-def table(records: list[dict]) -> str:
-    """Markdown: what was tuned; then every method against uniform, with the same seeds."""
-    lines = ["| | mix | method | rate, split | final accuracy | against uniform's | speed in samples | in tokens |",
-             "|---|---|---|---|---|---|---|---|"]
+def reported(records: list[dict]) -> dict[tuple, dict[int, dict]]:
+    """(objective, mix, method): {seed: record}, at each method's best setting; in the order of METHODS."""
     groups = {}
-    for record in records:
-        _, best = tune(records, record["objective"], NOT_TUNED.get(record["method"], record["method"]))
-        if record["stage"] == "report" and best == (record["rate"], record["prompts"], record["samples"]):
-            groups.setdefault((record["objective"], record["mix"], record["method"]), {})[record["seed"]] = record
-    for (objective, mix, method), runs in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1])):
+    for record in sorted(records, key=lambda record: ("p", *METHODS).index(record["method"])):
+        objective, method = record["objective"], record["method"]
+        if record["stage"] == "report":
+            _, best = tune(records, objective, NOT_TUNED.get(method, method))
+            if best == (record["rate"], record["prompts"], record["samples"]):
+                groups.setdefault((objective, record["mix"], method), {})[record["seed"]] = record
+    return groups
+
+
+def table(records: list[dict]) -> str:
+    """Markdown: every method, at its best setting, against uniform with the same seeds."""
+    names = ("objective", "mix", "method", "rate, split", "samples to 0.60, 0.62", "final accuracy", "against uniform's",
+             "speed in samples", "in tokens")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    groups = reported(records)
+    for (objective, mix, method), runs in sorted(groups.items(), key=lambda item: item[0][:2]):
         others = groups.get((objective, mix, "uniform"), {})
         seeds = sorted(runs.keys() & others.keys())
         if len(seeds) < 2:
@@ -231,38 +240,46 @@ def table(records: list[dict]) -> str:
         first = runs[seeds[0]]
         setting = f"{first['rate']:g}, {first['prompts']} x {first['samples']}"
         ends, uniform_ends = curves[:, -1, -1], uniform[:, -1, -1]
-        cells = [objective, mix, f"{method}, {len(seeds)} seeds", setting, f"{ends.mean():.3f}"]
+        costs = [crossing(curves, 1, accuracy) for accuracy in (0.60, 0.62)]
+        costs = ", ".join("never" if cost == np.inf else f"{cost:.0f}" for cost in costs)
+        cells = [objective, mix, f"{method}, {len(seeds)} seeds", setting, costs, f"{ends.mean():.3f}"]
         if method != "uniform":
             cells += [interval(ends - uniform_ends), speedup(curves, uniform, 1), speedup(curves, uniform, 2)]
-        lines.append("| " + " | ".join(cells + [""] * (8 - len(cells))) + " |")
+        lines.append("| " + " | ".join(cells + [""] * (len(names) - len(cells))) + " |")
     return "\n".join(lines)
 
 
 def figure(records: list[dict], path: Path) -> None:
-    """Two drawings of RAFT in the mix `usual`: accuracy against samples, and where the samples of 60 steps went."""
+    """In the mix `usual`: accuracy against samples, of RAFT and GRPO; and where the samples of 60 RAFT steps went."""
     from matplotlib import pyplot as plt
 
-    chosen = [record for record in records if (record["objective"], record["mix"]) == ("raft", "usual")]
-    right = next(record["right"] for record in chosen if record["method"] == "p")
-    p = np.array([right[i] for i in sorted(right, key=int)]) / 64
+    groups, drawn = reported(records), {}
+    for record in records:
+        if record["stage"] == "where":
+            drawn[record["method"]] = record["right" if record["method"] == "p" else "drawn"]
+    p = np.array([drawn["p"][i] for i in sorted(drawn["p"], key=int)]) / 64
     edges = np.array([0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.01])
     place = np.digitize(p, edges) - 1  # of each problem
-    _, (left_axes, axes) = plt.subplots(1, 2, figsize=(10, 4))
+    _, (*curve_axes, where_axes) = plt.subplots(1, 3, figsize=(13, 4))
     for method, (label, style) in SHOWN.items():
-        runs = [record for record in chosen if record["method"] == method]
-        curves = np.array([record["curve"] for record in runs if record["stage"] == "report"])
-        mean, half = curves[:, :, -1].mean(axis=0), interval_half(curves[:, :, -1])
-        left_axes.errorbar(curves[0, :, 1], mean, half, label=label, capsize=2, linewidth=1.2, **style)
-        drawn = next(record["drawn"] for record in runs if record["stage"] == "where")
-        counts = np.bincount(place, [drawn.get(str(i), 0) for i in range(len(p))])
-        axes.plot(counts / counts.sum() / (np.bincount(place) / len(p)), label=label, linewidth=1.2, **style)
-    left_axes.set(xlabel="samples drawn, pilot included", ylabel="accuracy (mean of ten seeds, 95 % interval)")
+        for objective, axes in zip(("raft", "grpo"), curve_axes):
+            if runs := groups.get((objective, "usual", method)):
+                curves = np.array([record["curve"] for record in runs.values()])
+                mean, half = curves[:, :, -1].mean(axis=0), interval_half(curves[:, :, -1])
+                axes.errorbar(curves[0, :, 1], mean, half, label=label, capsize=2, linewidth=1.2, **style)
+        if method in drawn:
+            counts = np.bincount(place, [drawn[method].get(str(i), 0) for i in range(len(p))])
+            share = counts / counts.sum() / (np.bincount(place) / len(p))
+            where_axes.plot(share, label=label, linewidth=1.2, **style)
+    for title, axes in zip(("RAFT", "GRPO"), curve_axes):
+        axes.set(title=title, xlabel="samples drawn, pilot included", ylabel="accuracy: mean, 95 % interval, 10 seeds")
     names = ["under 0.01", *(f"to {edge:g}" for edge in edges[2:-1]), "above"]
-    axes.set_xticks(range(len(names)), names, rotation=30)
-    axes.set(xlabel="p of the prompt before training", ylabel="samples per prompt, over the mean")
-    for drawing in (left_axes, axes):
-        drawing.legend(frameon=False)
-        drawing.spines[["top", "right"]].set_visible(False)
+    where_axes.set_xticks(range(len(names)), names, rotation=30)
+    where_axes.set(title="RAFT, 60 steps", xlabel="p of the prompt before training",
+                   ylabel="samples of a prompt, over the mean")
+    for axes in (*curve_axes, where_axes):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
     plt.tight_layout()
     plt.savefig(path, dpi=120)
 

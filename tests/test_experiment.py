@@ -122,5 +122,7 @@ def test_the_readme_has_the_table_of_the_records():
     assert len({tuple(record[name] for name in experiment.KEY) for record in records}) == len(records)
     lines = experiment.table(records).splitlines()
     assert all(line in readme for line in lines)
-    (samples, tokens), = [line.split(" | ")[-2:] for line in lines if line.startswith("| raft | usual | rounds")]
-    assert f"with {samples.split()[0]} times fewer samples" in readme and f"and {tokens.split()[0]} times" in readme
+    (samples, tokens), = [line.strip("| ").split(" | ")[-2:] for line in lines if line.startswith("| grpo | usual | wider")]
+    interval = "95 % interval " + samples.split(" (")[1].rstrip(")")
+    assert f"with {samples.split()[0]} times fewer samples" in readme and interval in readme
+    assert f"and {tokens.split()[0]} times fewer *tokens*" in readme
