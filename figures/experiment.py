@@ -272,13 +272,13 @@ def figure(records: list[dict], path: Path) -> None:
             share = counts / counts.sum() / (np.bincount(place) / len(p))
             where_axes.plot(share, label=label, linewidth=1.2, **style)
     for title, axes in zip(("RAFT", "GRPO"), curve_axes):
-        axes.set(title=title, xlabel="samples drawn, pilot included", ylabel="accuracy: mean, 95 % interval, 10 seeds")
+        axes.set(title=title, xlabel="samples drawn, pilot included", ylabel="accuracy, 95 % interval")
     names = ["under 0.01", *(f"to {edge:g}" for edge in edges[2:-1]), "above"]
-    where_axes.set_xticks(range(len(names)), names, rotation=30)
-    where_axes.set(title="RAFT, 60 steps", xlabel="p of the prompt before training",
+    where_axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    where_axes.set(title="RAFT, 60 steps", xlabel="p of the prompt before training", ylim=(0, 4.4),
                    ylabel="samples of a prompt, over the mean")
-    for axes in (*curve_axes, where_axes):
-        axes.legend(frameon=False)
+    for axes, corner in zip((*curve_axes, where_axes), ("lower right", "lower right", "upper right")):
+        axes.legend(frameon=False, loc=corner)
         axes.spines[["top", "right"]].set_visible(False)
     plt.tight_layout()
     plt.savefig(path, dpi=120)
