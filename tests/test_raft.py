@@ -125,6 +125,8 @@ def test_ddp_and_fsdp_go_on_from_each_other_s_checkpoints(tmp_path):
             ends[first, then] = parameters(out, 2)
     before = parameters(tmp_path / "one", 1)
     for name, expected in ends["one", "one"].items():
+        if name.endswith("k_proj.bias"):
+            continue  # its gradient is 0, the same for all keys: AdamW makes steps of what rounding leaves
         assert (expected - before[name]).abs().max() > 1e-4  # moments and all: an update by lr 1e-3
         for found in ends.values():
             assert torch.allclose(found[name], expected, rtol=0, atol=2e-5), name
