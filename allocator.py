@@ -11,17 +11,15 @@ right ones form D_i, the unbiased estimator of Lemma 1 is
 
 It averages n_i independent terms of prompt i, each with second moment c_i = G_i^2 / p_i, so
 its variance is at most sum_i c_i / n_i. Under a budget sum_i n_i = N this is smallest for n_i
-proportional to sqrt(c_i) = G_i / sqrt(p_i). Hard prompts get more, because few of their
-samples count. Prompts that are never solved would get everything, so Eq. 7 divides c_i by
-1 + alpha / p_i^beta. The solution is Proposition 1:
+proportional to sqrt(c_i): hard prompts get more, because few of their samples count. Those that
+are never solved would get everything, so Eq. 7 divides c_i by 1 + alpha / p_i^beta. The solution
+is Proposition 1:
 
     n_i = N w_i / sum_j w_j,        w_i = sqrt(c_i) = G_i / sqrt(p_i + alpha / p_i^(beta - 1)).
 
-Three things are added here:
-- Samples are whole. `allocate` finds the integers that minimise sum_i w_i^2 / n_i exactly.
-- The weights belong to the estimator. `reward_weights` is for GRPO and its relatives.
-- Nobody knows p. After two samples, the share of right ones is 0 for many a prompt that is
-  merely hard. `posterior_weights` averages over every p that the samples leave possible.
+Added here: `allocate` finds the whole numbers that minimise sum_i w_i^2 / n_i. `reward_weights`
+is for GRPO. `Predictor` learns to tell p and G before a prompt is sampled, and
+`allocate_or_leave` then spends the budget on the best of many prompts.
 """
 
 import heapq
@@ -30,11 +28,13 @@ import operator
 
 import numpy as np
 
+LEFT_OUT = 4.0  # what it costs to leave a prompt out, in w^2: see allocate_or_leave
+
 
 def summarise_samples(prompts, is_right, lengths, norms, num_prompts: int) -> dict:
     """What graded samples say of each prompt: a table of columns, (num_prompts,) each.
 
-    prompts: the row of each sample's prompt; is_right; lengths, in tokens; norms, of gradients;
+    prompts: the row of each sample's prompt; is_right, booleans; lengths, in tokens; norms;
     (samples,) each. norm_right, norm_wrong: root mean squares over right and over wrong samples,
     0 without any, as in the derivation (Algorithm 2 writes the mean).
     """
@@ -57,7 +57,7 @@ def gvm_weights(accept_rates, grad_norms, alpha: float = 1e-3, beta: float = 2.0
     """Proposition 1: w_i = G_i / sqrt(p_i + alpha / p_i^(beta - 1)), (prompts,).
 
     accept_rates: p_i in [0, 1], (prompts,). grad_norms: G_i >= 0, (prompts,). alpha, beta: the
-    damping of Eq. 7, by default as published. At p_i = 0 the weight is 0, the formula's limit.
+    damping of Eq. 7, by default as published. The weight at p_i = 0 is 0, its limit if alpha > 0.
     Raises ValueError naming the argument that is NaN, infinite, negative or out of range.
     """
     p, G = _check_vectors(accept_rates=accept_rates, grad_norms=grad_norms)
@@ -90,116 +90,33 @@ def reward_weights(accept_rates, norm_right, norm_wrong) -> np.ndarray:
     return np.sqrt(p * q * (q * norm_right**2 + p * norm_wrong**2))
 
 
-def posterior_weights(rule, num_right, num_drawn, norm_right, norm_wrong) -> np.ndarray:
-    """sqrt(E[w_i^2]), (prompts,): the weights of `rule` averaged over what p_i may be.
-
-    What is known of p_i: num_right_i of num_drawn_i samples were right; and a prior, fitted to
-    all prompts. No weight is 0 by bad luck alone. A prompt without a right (wrong) sample is
-    given the root mean square over the others as its G+ (G-).
-    rule: (p, G+, G-) to weights, called with one p for all prompts at a time. All arrays are
-    (prompts,). Raises ValueError naming the argument, or if the rule compares prompts.
-    """
-    num_right, num_drawn, norm_right, norm_wrong = _check_vectors(
-        num_right=num_right, num_drawn=num_drawn, norm_right=norm_right, norm_wrong=norm_wrong
-    )
-    if (num_right > num_drawn).any():
-        raise ValueError("num_right must not be above num_drawn")
-    if compares_prompts(rule):
-        raise ValueError("rule compares prompts: its weights cannot be averaged over p")
-    num_wrong = num_drawn - num_right
-    norm_right = _fill_unknown(norm_right, known=num_right > 0)
-    norm_wrong = _fill_unknown(norm_wrong, known=num_wrong > 0)
-
-    # 1. Likelihood on a grid that is even in the log-odds ln p/q, q = 1 - p:
-    #    P(counts_i | p) ~ p^right q^wrong.
-    log_odds = np.linspace(-12, 12, 97)  # p from 6e-6 to 1 - 6e-6: beyond what samples can tell
-    log_p = -np.logaddexp(0, -log_odds)  # (grid,)
-    log_q = -np.logaddexp(0, log_odds)  # (grid,)
-    log_likelihood = np.outer(num_right, log_p) + np.outer(num_wrong, log_q)  # (prompts, grid)
-    log_likelihood -= log_likelihood.max(axis=1, keepdims=True)  # or exp would underflow
-    likelihood = np.exp(log_likelihood)
-
-    # 2. Prior: Beta(a, b), averaged over a and b by how well they explain all counts:
-    #    P(p) = sum_ab Beta(p | a, b) prod_i P(counts_i | a, b). Per log-odds it is p^a q^b.
-    #    Small a and b: nearly all prompts are hopeless or mastered; large ones: all are alike.
-    shapes_tried = np.geomspace(0.05, 20, 16)
-    a, b = np.meshgrid(shapes_tried, shapes_tried)  # (16, 16) each
-    priors = np.exp(np.outer(a, log_p) + np.outer(b, log_q))  # (256, grid), one for each a, b
-    priors /= priors.sum(axis=1, keepdims=True)
-    log_evidence = np.log(priors @ likelihood.T).sum(axis=1)  # (256,)
-    prior = np.exp(log_evidence - log_evidence.max()) @ priors  # (grid,)
-
-    # 3. Expectation over the posterior: E[w_i^2] = sum_p P(p | counts_i) w_i(p)^2.
-    posterior = prior * likelihood  # (prompts, grid)
-    posterior /= posterior.sum(axis=1, keepdims=True)
-    second_moments = np.zeros(len(num_right))
-    for p, probability in zip(np.exp(log_p), posterior.T):
-        weights = rule(np.full(len(num_right), p), norm_right, norm_wrong)
-        second_moments += probability * weights**2
-    return np.sqrt(second_moments)
-
-
-def compares_prompts(rule) -> bool:
-    """Whether a rule gives a prompt another weight alone than among others."""
-    several, norms = np.array([0.2, 0.5, 0.5, 0.8]), np.array([1.0, 1.0, 2.0, 3.0])
-    alone = [rule(p, norm, norm)[0] for p, norm in zip(several.reshape(4, 1), norms.reshape(4, 1))]
-    return not np.allclose(rule(several, norms, norms), alone)
-
-
-def _fill_unknown(norms: np.ndarray, known: np.ndarray) -> np.ndarray:
-    typical = np.sqrt(np.mean(norms[known] ** 2)) if known.any() else 0.0
-    return np.where(known, norms, typical)
-
-
-def allocate(weights, budget, min_samples=0, max_samples=None, prices=None) -> np.ndarray:
+def allocate(weights, budget, min_samples=0, prices=None) -> np.ndarray:
     """The integers n_i that minimise sum_i w_i^2 / n_i, with sum_i n_i = budget exactly.
 
-    weights: w_i >= 0, (prompts,). min_samples, max_samples: bounds of n_i, one integer for all
-    or (prompts,). prices: tau_i > 0, (prompts,), what a sample costs, say its mean tokens. The
-    budget may then be fractional; sum_i tau_i n_i stays within it, by less than the next sample.
-    Returns int64 counts, (prompts,), the same on every machine. A weight of 0 gets its minimum,
-    unless no positive weight can take more: the rest is then spread evenly over the zeros.
-    Raises ValueError naming the argument for bad weights and for bounds that no allocation can
-    meet, TypeError for a budget that is not whole.
+    weights: w_i >= 0, (prompts,). min_samples: the smallest n_i, an integer for all or (prompts,).
+    prices: tau_i > 0, (prompts,), what a sample costs, say its mean tokens. The budget may then be
+    fractional; sum_i tau_i n_i stays within it, by less than the next sample.
+    Returns int64 counts, (prompts,), the same on every machine. A weight of 0 gets its minimum;
+    if all are 0, the rest is spread evenly. Raises ValueError naming the argument for bad weights
+    or a budget that is too small, TypeError for one that is not whole.
     """
     if prices is None:
         budget, prices = operator.index(budget), np.ones(np.shape(weights))
     weights, prices = _check_vectors(weights=weights, prices=prices)
-    lower = _check_counts("min_samples", min_samples, len(weights))
-    upper = np.full(len(weights), np.inf)
-    if max_samples is not None:
-        upper = _check_counts("max_samples", max_samples, len(weights))
+    lower = np.asarray(min_samples)
+    if lower.dtype.kind != "i" or lower.shape not in ((), weights.shape) or (lower < 0).any():
+        raise ValueError("min_samples must be integers >= 0, a single one or one per prompt")
+    lower = np.broadcast_to(lower, weights.shape)
     if (prices == 0).any():
         raise ValueError("prices must be positive")
-    if (lower > upper).any():
-        raise ValueError("min_samples is above max_samples")
-    if not prices @ lower <= budget <= prices @ upper or budget == np.inf:
-        raise ValueError(f"a budget of {budget} is below min_samples or above max_samples in all")
-    value = weights / np.sqrt(prices)
-    start = np.maximum(lower, np.minimum(_head_start(value, lower, prices, budget), upper))
-    return _buy_one_by_one(value, start.astype(np.int64), upper, prices, budget)
+    if not prices @ lower <= budget * (1 + 1e-9) < np.inf:  # rounding allowed
+        raise ValueError(f"a budget of {budget} is below min_samples in all, or infinite")
 
-
-def allocate_round(weights, already, mean_samples, rounds_left, prices=None) -> np.ndarray:
-    """The counts after this round, (prompts,), if it spends an equal part of what is left.
-
-    already: how many samples each prompt has, (prompts,). mean_samples: what the budget is for
-    each prompt in the end. weights, prices, errors: as for `allocate`.
-    """
-    costs = np.ones(len(already)) if prices is None else np.asarray(prices)
-    spent = costs @ already
-    left = max(mean_samples * costs.sum() - spent, 0)
-    return allocate(weights, spent + left / rounds_left, already, prices=costs)
-
-
-def _buy_one_by_one(value, counts, upper, prices, budget) -> np.ndarray:
-    """Add the most useful sample, again and again, until the next one is too expensive.
-
-    One more sample of prompt i lowers w^2 / n by w^2 / (n (n + 1)), and each further one by less,
-    so taking the largest gain per price every time is optimal (Huntington and Hill's method).
-    """
-    left = budget - prices @ counts
-    counts, upper, prices, value = (x.tolist() for x in (counts, upper, prices, value))
+    # Buy the most useful sample, again and again, until the next one is too expensive. One more
+    # sample of prompt i lowers w^2 / n by w^2 / (n (n + 1)), and each further one by less: to take
+    # the largest gain per price is optimal if prices are equal (Huntington and Hill's method).
+    left, value = budget * (1 + 1e-9) - prices @ lower, weights / np.sqrt(prices)
+    counts, prices, value = lower.tolist(), prices.tolist(), value.tolist()
 
     def priority(i: int) -> tuple[int, float, int]:
         """The smallest is bought first: first samples, then others, then those of weight 0."""
@@ -208,29 +125,42 @@ def _buy_one_by_one(value, counts, upper, prices, budget) -> np.ndarray:
             return (2, n, i)
         return (1, -value[i] / math.sqrt(n * (n + 1)), i) if n > 0 else (0, -value[i], i)
 
-    heap = [priority(i) for i in range(len(counts)) if counts[i] < upper[i]]
+    heap = [priority(i) for i in range(len(counts))]
     heapq.heapify(heap)
     while heap and prices[heap[0][-1]] <= left:
-        i = heapq.heappop(heap)[-1]
+        i = heap[0][-1]
         counts[i] += 1
         left -= prices[i]
-        if counts[i] < upper[i]:
-            heapq.heappush(heap, priority(i))
+        heapq.heapreplace(heap, priority(i))
     return np.array(counts, dtype=np.int64)
 
 
-def _head_start(value, lower, prices, budget) -> np.ndarray:
-    """Counts, (prompts,), that the optimum surely reaches, so that few are bought one by one.
+def allocate_or_leave(weights, budget: int, smallest: int) -> np.ndarray:
+    """Counts n_i, (prompts,), each 0 or at least `smallest`: some prompts are left out.
 
-    With t^2 the gain of the last sample bought, floor(value_i/t) <= n_i <= lower_i + value_i/t + 1.
-    Together the upper bounds cost at least what is spent: that bounds 1/t, and with it each n_i.
+    smallest = 2 is for a group baseline, where one sample serves the others and says nothing by
+    itself: the variance is w^2 / (n - 1). Without one it is w^2 / n, and smallest = 1. To be left
+    out is no infinite variance, but signal that is missing. Progress goes with S^2 / V, S = sum_i
+    s_i being the signal, V the variance: to lose s_i hurts like a variance of 2 V s_i / S. With a
+    baseline s_i ~ w_i^2, as both have a factor p q, and V = (1 + rho) sum_i w_i^2 if all have
+    `smallest` samples; rho: variance between prompts over that within. This makes it 2 (1 + rho)
+    w_i^2. LEFT_OUT takes rho for 1, and serves RAFT as well. Bought is, again and again, what
+    lowers the sum most for each sample: optimal for smallest = 1, nearly so for 2.
     """
-    if not value.any():
-        return lower
-    share = value / value.max()
-    spent = budget - prices.max()  # at least: what is left does not buy the next sample
-    inverse_t = (spent - prices @ lower - prices.sum()) / (prices @ share)
-    return np.floor(share * max(inverse_t, 0.0))
+    counts, left = np.zeros(len(weights), dtype=np.int64), operator.index(budget)
+    weights = _check_vectors(weights=weights)[0].tolist()
+    first = math.sqrt((LEFT_OUT - 1) / smallest)
+    heap = [(-first * w, 0, i) for i, w in enumerate(weights)]  # -sqrt(gain for each sample), n, i
+    heapq.heapify(heap)
+    while heap and left > 0:
+        _, n, i = heapq.heappop(heap)
+        size = smallest if n == 0 else 1
+        if size <= left:  # else it stays left out
+            counts[i] += size
+            left -= size
+            n = int(counts[i]) - smallest + 1  # that say something
+            heapq.heappush(heap, (-weights[i] / math.sqrt(n * (n + 1)), n, i))
+    return counts
 
 
 def estimator_variance(counts, second_moments) -> float:
@@ -242,6 +172,99 @@ def estimator_variance(counts, second_moments) -> float:
     n, c = _check_vectors(counts=counts, second_moments=second_moments)
     with np.errstate(divide="ignore"):
         return float(np.sum(c[c > 0] / n[c > 0]))
+
+
+# --- p and G of prompts that nobody has sampled yet ------------------------------------------
+FORGET = 0.98  # of what was learnt, how much is left after a step: the policy moves
+RIDGE = 30.0  # prior precision of a regression's coefficients
+LOG_ODDS = np.linspace(-12, 12, 97)  # ln p/q, q = 1 - p: a grid for beliefs about p
+LOG_P, LOG_Q = -np.logaddexp(0, -LOG_ODDS), -np.logaddexp(0, LOG_ODDS)
+STRENGTHS = np.geomspace(0.25, 64, 9)  # kappa: as how many samples a prediction counts
+
+
+def logistic(x: np.ndarray) -> np.ndarray:
+    """p = 1 / (1 + e^-x), without overflow."""
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+def regress(belief, features, targets, num_drawn, is_share: bool) -> tuple:
+    """One step of an online regression: E[target] = features @ c; of shares, its logistic.
+
+    belief: what is known of c is Gaussian, (mean, precision); a little faded, it is the prior here.
+    features: (prompts, features). targets: what was seen, with a weight of num_drawn; (prompts,).
+    """
+    mean, precision = belief
+    prior = FORGET * precision + (1 - FORGET) * RIDGE * np.eye(len(mean))
+    for _ in range(4):  # Newton's steps to the likeliest c; they may overshoot one that is far off
+        expected = logistic(features @ mean) if is_share else features @ mean
+        slope = expected * (1 - expected) if is_share else 1.0
+        gradient = features.T @ (num_drawn * (targets - expected)) - prior @ (mean - belief[0])
+        precision = (features.T * (num_drawn * slope)) @ features + prior
+        mean = mean + np.linalg.solve(precision, gradient)
+    return mean, precision
+
+
+def betas(mu: np.ndarray) -> np.ndarray:
+    """Beta(kappa mu, kappa (1 - mu)) of each kappa, on the grid: (strengths, prompts, grid)."""
+    mu = mu.clip(0.005, 0.995)  # the grid, too, leaves small mu some hope: it begins at p = 6e-6
+    a, b = (STRENGTHS[:, None, None] * share[:, None] for share in (mu, 1 - mu))
+    logs = a * LOG_P + b * LOG_Q  # per log-odds: per p, it would be a - 1 and b - 1
+    values = np.exp(logs - logs.max(axis=2, keepdims=True))
+    return values / values.sum(axis=2, keepdims=True)
+
+
+class Predictor:
+    """Predicts p, G+ and G- from hidden states of a prompt, and learns from what is then drawn.
+
+    learnt: all that it has learnt, arrays by name: {} at first, or another's `learnt`, in arrays
+    or lists. states: numbers about each prompt, (prompts, states); several at first.
+    """
+
+    def __init__(self, learnt: dict):
+        self.learnt = {name: np.asarray(values) for name, values in learnt.items()}
+
+    def features(self, states: np.ndarray) -> np.ndarray:
+        """States standardised as the first step's were, clipped, and a 1: (prompts, features)."""
+        known, size = self.learnt, states.shape[1] + 1
+        if not known:
+            known |= {"centre": states.mean(axis=0), "scale": states.std(axis=0) + 1e-6}
+            known["log_evidence"] = np.zeros(len(STRENGTHS))  # of each kappa
+            for name in ("p", "norm_right", "norm_wrong"):  # regressions of ln p/q and of ln G
+                known |= {f"{name} mean": np.zeros(size), f"{name} precision": RIDGE * np.eye(size)}
+        standard = (states - known["centre"]) / known["scale"]
+        return np.hstack([standard.clip(-10, 10), np.ones((len(states), 1))])
+
+    def weights(self, features: np.ndarray, rule) -> tuple[np.ndarray, np.ndarray]:
+        """(mu, sqrt(E[w^2] over p)), (prompts,) each: the mean of p, and a rule's weights.
+
+        p is Beta(kappa mu, kappa (1 - mu)), averaged over kappa by how well each has explained the
+        samples so far. rule: (p, G+, G-), (prompts,) each, to weights.
+        """
+        known = self.learnt
+        x = features @ known["p mean"]  # ln p/q, and its variance
+        variance = (features * np.linalg.solve(known["p precision"], features.T).T).sum(axis=1)
+        mu = logistic(x / np.sqrt(1 + np.pi / 8 * variance))  # E[p], MacKay's approximation
+        evidence = np.exp(known["log_evidence"] - known["log_evidence"].max())
+        prior = np.tensordot(evidence / evidence.sum(), betas(mu), 1)  # (prompts, grid)
+        norms = [np.exp(features @ known[f"{name} mean"]) for name in ("norm_right", "norm_wrong")]
+        squares = [rule(np.full(len(mu), p), *norms) ** 2 for p in np.exp(LOG_P)]  # grid x prompts
+        return mu, np.sqrt((prior.T * squares).sum(axis=0))
+
+    def learn(self, features: np.ndarray, mu: np.ndarray, table: dict) -> None:
+        """From a step's samples: table, of summarise_samples; mu, what was predicted."""
+        known, right, drawn = self.learnt, table["num_right"], table["num_drawn"]
+        log_likelihood = np.outer(right, LOG_P) + np.outer(drawn - right, LOG_Q)  # (prompts, grid)
+        likelihood = np.exp(log_likelihood - log_likelihood.max(axis=1, keepdims=True))
+        evidence = np.log((betas(mu) * likelihood).sum(axis=2)).sum(axis=1)  # ln P(table | kappa)
+        known["log_evidence"] = FORGET * known["log_evidence"] + evidence
+        observed = {"p": (right / np.maximum(drawn, 1), drawn)}  # (targets, their weights)
+        for name in ("norm_right", "norm_wrong"):
+            seen = table[name] > 0
+            observed[name] = np.log(np.where(seen, table[name], 1.0)), seen
+        for name, (targets, num_observed) in observed.items():
+            belief = known[f"{name} mean"], known[f"{name} precision"]
+            belief = regress(belief, features, targets, num_observed, is_share=name == "p")
+            known[f"{name} mean"], known[f"{name} precision"] = belief
 
 
 def _check_vectors(**named) -> list[np.ndarray]:
@@ -256,14 +279,6 @@ def _check_vectors(**named) -> list[np.ndarray]:
         if name == "accept_rates" and (vector > 1).any():
             raise ValueError(f"accept_rates must lie in [0, 1], found {vector.max()}")
     return list(vectors.values())
-
-
-def _check_counts(name: str, values, num_prompts: int) -> np.ndarray:
-    values = np.asarray(values)
-    whole = np.issubdtype(values.dtype, np.integer) and (values >= 0).all()
-    if not whole or values.shape not in ((), (num_prompts,)):
-        raise ValueError(f"{name} must hold non-negative integers, a single one or one per prompt")
-    return np.broadcast_to(values, (num_prompts,)).astype(np.int64)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
     torchrun grpo.py                                      # the toy, on a CPU, in minutes
     torchrun grpo.py --allocator uniform                  # what it is compared with
+    torchrun grpo.py --candidates-per-step 128            # the best of four times as many prompts
     torchrun grpo.py --advantage loo                      # all prompts count the same, see below
     torchrun --nproc-per-node 8 grpo.py ...               # flags as for raft.py: see README.md
 
@@ -13,9 +14,9 @@ allocator is `reward` (allocator.reward_weights).
 Unequal groups. GRPO's baseline is the mean of the whole group, which contains the sample itself.
 That makes its advantage, and the expected gradient, (n_i - 1) / n_i of the leave-one-out one:
 prompts with more samples count more, by up to a factor of 2 between n_i = 2 and infinity. With
-`--advantage loo` there is no such factor. It is unbiased if n_i does not depend on the samples
-that it counts; since the pilot is trained on, n_i does, and the estimate is a little small: by
-up to 16 % where p is small (tests/README.md).
+`--advantage loo` there is no such factor. It is unbiased, for the prompts that get samples, if n_i
+does not depend on the samples that it counts: with predictions. A pilot that is trained on makes
+the estimate too small, most of all where p is small (tests/README.md).
 """
 
 import argparse

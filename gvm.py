@@ -1,9 +1,8 @@
-"""The E-step: a pilot estimates p and G of each prompt, and GVM spends the budget accordingly.
+"""The E-step: what p and G of each prompt are, and how GVM spends the budget accordingly.
 
-    torchrun gvm.py --out table.jsonl                             # the toy, on a CPU
-
-`draw_step` is what training calls in every step. Run alone, this script writes the allocation
-table of a data set: one line per problem, what its samples told of it and how many it got.
+`draw_step` is what training calls in every step. By default p and G are predicted, by a regression
+that learns from the samples of earlier steps. With --no-predict a pilot estimates them, as in the
+paper: the first samples of each prompt.
 """
 
 import argparse
@@ -11,18 +10,21 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 
 import run
-from allocator import allocate_round, compares_prompts, estimator_variance, gvm_weights
-from allocator import posterior_weights, reward_weights, summarise_samples
+from allocator import Predictor, allocate, allocate_or_leave, estimator_variance, gvm_weights
+from allocator import reward_weights, summarise_samples
 from data import TOY, Grader, InputError, Problem, Sample
-from model import Policy, add_model_flags, distribute, load_model
+from model import Policy, micro_batches
 from run import non_negative, number, positive_int
-from sampler import ORDER, TRAINING, HfSampler, VllmSampler, add_sampler_flags, draw
-from sampler import fill_logprobs, load_prompts, make_sampler
+from sampler import ORDER, TRAINING, HfSampler, VllmSampler, draw, fill_logprobs
+
+NUM_STATES = 256  # for each prompt, at most: regressions on them cost next to nothing
 
 
 def gvm_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
@@ -35,8 +37,7 @@ def reward_rule(p, norm_right, norm_wrong, args) -> np.ndarray:
     return reward_weights(p, norm_right, norm_wrong)
 
 
-# --allocator; "uniform" needs no rule. With --shrink, posterior_weights calls the rule.
-RULES = {"gvm": gvm_rule, "reward": reward_rule}
+RULES = {"gvm": gvm_rule, "reward": reward_rule}  # --allocator; "uniform" needs none
 
 
 def add_budget_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +45,17 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("problems and budget").add_argument
     add("--data", default=str(TOY / "train.jsonl"), help="file, benchmark, hub name[:config]; a,b")
     add("--split", default="train", help="split of --data, if it is a hub data set that names none")
-    add("--samples-per-prompt", type=positive_int, default=4, help="mean, a reused pilot included")
+    add("--samples-per-prompt", type=positive_int, default=2, help="mean, a reused pilot included")
     add("--allocator", choices=["uniform", *RULES], default="gvm",
         help="uniform: equal counts; gvm: the paper's rule, for RAFT; reward: for GRPO")
-    add("--pilot-samples", type=positive_int, default=2, help="N' per prompt; the paper: 8 or 32")
-    add("--rounds", type=positive_int, default=3, help="of allocation, each knowing more; paper: 1")
+    add("--predict", action=argparse.BooleanOptionalAction, default=True,
+        help="p and G come from a regression on hidden states; the paper: --no-predict, a pilot")
+    add("--candidates-per-step", type=positive_int,
+        help="problems that are predicted, some to get samples; None: --prompts-per-step")
+    add("--pilot-samples", type=number(int, low=0, high=2**31 - 1), default=0,
+        help="N' per prompt, with --no-predict; the paper: 8 or 32")
     add("--e-step-every", type=positive_int, default=1,
-        help="steps that a pilot serves; above 1 it only informs, and needs --rounds 1; paper: 9")
-    add("--shrink", action=argparse.BooleanOptionalAction, default=True,
-        help="average over all p that the samples allow; the paper takes right/drawn: --no-shrink")
+        help="steps that a pilot serves; above 1 it only informs; the paper: 9")
     add("--cost", choices=["samples", "tokens"], default="samples", help="what the budget counts")
     add("--alpha", type=non_negative, default=0.01, help="Eq. 7 damps small p; the paper: 0.001")
     add("--beta", type=number(float, low=2), default=2.0, help="the power of p in Eq. 7")
@@ -64,15 +67,21 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_budget(args: argparse.Namespace, objective: str | None = None) -> None:
-    """InputError for a budget without room for pilot or rounds; warns of a rule that misfits."""
+    """InputError for flags that do not go together; warns of a rule that misfits."""
+    wants_pilot = args.pilot_samples or args.e_step_every > 1 or args.cost != "samples"
+    predicts = args.predict and args.allocator != "uniform"
+    if predicts and wants_pilot:
+        raise InputError("--pilot-samples, --e-step-every, --cost: need a pilot, which --predict "
+                         "does without; add --no-predict")
+    if args.candidates_per_step is not None and not predicts:
+        raise InputError("--candidates-per-step: nothing tells candidates apart; add --predict, "
+                         "and no --allocator uniform")
     if args.allocator == "uniform":
         return
+    if not args.predict and not args.pilot_samples:
+        raise InputError("--no-predict: p and G are known from a pilot; add --pilot-samples 2")
     if args.e_step_every == 1 and args.samples_per_prompt < args.pilot_samples:
         raise InputError("--samples-per-prompt is below --pilot-samples, a part of it; raise it")
-    if args.e_step_every > 1 and args.rounds > 1:
-        raise InputError("--e-step-every above 1 does not spend in rounds: add --rounds 1")
-    if args.shrink and compares_prompts(partial(RULES[args.allocator], args=args)):
-        raise InputError(f"--allocator {args.allocator}: compares prompts; add --no-shrink")
     fitting = {"raft": "gvm", "grpo": "reward"}.get(objective)
     if fitting and args.allocator in {"gvm", "reward"} - {fitting}:
         run.print0(f"warning: --allocator {args.allocator} fits another gradient estimator; here "
@@ -87,19 +96,10 @@ def estimate(samples: list[Sample], problems: list[Problem], weighting: str) -> 
     if weighting == "sequence":  # divides a response's loss, and so its gradient, by its length
         norms = norms / lengths
     columns = summarise_samples(
-        prompts=np.array([row_of[sample.problem] for sample in samples]),
-        is_right=np.array([sample.reward > 0 for sample in samples]),
+        prompts=np.array([row_of[sample.problem] for sample in samples], dtype=int),
+        is_right=np.array([sample.reward > 0 for sample in samples], dtype=bool),
         lengths=lengths, norms=norms, num_prompts=len(problems))
     return {"id": np.array(list(row_of)), **columns}
-
-
-def allocation_weights(table: dict, args: argparse.Namespace) -> np.ndarray:
-    """What --allocator's rule makes of a table: weights, (problems,)."""
-    rule = partial(RULES[args.allocator], args=args)
-    norms = table["norm_right"], table["norm_wrong"]
-    if args.shrink:
-        return posterior_weights(rule, table["num_right"], table["num_drawn"], *norms)
-    return rule(table["num_right"] / table["num_drawn"], *norms)
 
 
 @dataclass
@@ -132,32 +132,66 @@ class SampleSource:
         return samples
 
 
-def allocation_table(problems: list[Problem], step: int, source: SampleSource, args) -> tuple:
-    """Pilot and rounds: (the table of the last round, the samples that it was made from).
+def prompt_states(policy: Policy, problems: list[Problem], max_tokens: int) -> np.ndarray:
+    """Policy.forward's states of each problem's prompt, (problems, states), at most NUM_STATES.
 
-    A round spends an equal part of what is left of the budget; the last is left to the caller. If
-    the pilot only informs, "counts" come on top of it.
+    The ranks share the batches, of at most `max_tokens` padded tokens. The batches are the same for
+    any number of ranks, and so are the states.
     """
+    prompts = [torch.tensor(problem.prompt_ids, device=policy.device) for problem in problems]
+    batches = micro_batches([len(ids) for ids in prompts], ranks=1, max_tokens=max_tokens)[0]
+
+    @torch.no_grad()
+    def states_of(rows: list[int]) -> np.ndarray:
+        ids = [prompts[i] for i in rows]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).bool()
+        states = policy(pad_sequence(ids, batch_first=True), mask, as_states=True).cpu().numpy()
+        if states.shape[1] > NUM_STATES:  # the same random directions in every step
+            directions = np.random.default_rng(0).normal(size=(states.shape[1], NUM_STATES))
+            states = states @ directions / np.sqrt(states.shape[1])
+        return states
+
+    padding = batches[:1] * (-len(batches) % dist.get_world_size())  # FSDP2 waits for all ranks
+    found = run.deal(batches + padding, lambda mine: [states_of(rows) for rows in mine])
+    return np.concatenate(found[: len(batches)])[np.argsort(sum(batches, []))]
+
+
+def predicted_step(batch: list[Problem], step: int, state, source: SampleSource, args) -> tuple:
+    """Without a pilot: (problems that get samples, the samples, how well p was predicted)."""
+    predictor = Predictor(state.predictor)
+    features = predictor.features(prompt_states(source.policy, batch, args.tokens_per_micro_batch))
+    p, weights = predictor.weights(features, partial(RULES[args.allocator], args=args))
+    counts = allocate_or_leave(weights, args.prompts_per_step * args.samples_per_prompt,
+                               smallest=1 if args.objective == "raft" else 2)
+    counts = run.gather([counts])[0]  # of rank 0: another machine may round differently
+    samples = source.draw(batch, counts, step, with_norms=True)
+    table = estimate(samples, batch, args.weighting)
+    predictor.learn(features, p, table)
+    state.predictor = {name: array.tolist() for name, array in predictor.learnt.items()}  # for JSON
+    served = counts > 0
+    metrics = describe_prediction(p[served], table["num_right"][served], counts[served])
+    return [batch[i] for i in np.flatnonzero(served)], samples, metrics
+
+
+def pilot_table(problems: list[Problem], step: int, source: SampleSource, args) -> tuple:
+    """Algorithm 2: (table with "counts", pilot), which counts include if --e-step-every is 1."""
     pilot = np.full(len(problems), args.pilot_samples)
     samples = source.draw(problems, pilot, step, with_norms=True)
-    for rounds_left in range(args.rounds, 0, -1):
-        table = estimate(samples, problems, args.weighting)
-        table["weights"] = allocation_weights(table, args)
-        already = table["num_drawn"] if args.e_step_every == 1 else np.zeros_like(pilot)
-        prices = table["mean_length"] if args.cost == "tokens" else None
-        table["counts"] = allocate_round(
-            table["weights"], already, args.samples_per_prompt, rounds_left, prices)
-        if rounds_left > 1:
-            more, drawn = table["counts"] - table["num_drawn"], table["num_drawn"]
-            samples += source.draw(problems, more, step, first_index=drawn, with_norms=True)
+    table = estimate(samples, problems, args.weighting)
+    table["weights"] = RULES[args.allocator](
+        table["num_right"] / table["num_drawn"], table["norm_right"], table["norm_wrong"], args)
+    already = pilot if args.e_step_every == 1 else np.zeros_like(pilot)
+    prices = table["mean_length"] if args.cost == "tokens" else np.ones(len(problems))
+    budget = args.samples_per_prompt * prices.sum()
+    table["counts"] = allocate(table["weights"], budget, already, prices=prices)
     return table, samples
 
 
-def e_step(problems: list[Problem], step: int, source: SampleSource, args) -> tuple:
-    """Algorithm 2 for one step: (the table, all samples, the pilot included)."""
-    table, samples = allocation_table(problems, step, source, args)
-    last = table["counts"] - table["num_drawn"]  # needs no norms: nothing is planned after it
-    return table, samples + source.draw(problems, last, step, first_index=table["num_drawn"])
+def pilot_step(problems: list[Problem], step: int, source: SampleSource, args) -> tuple:
+    """A pilot and what it leaves of the budget: (table, all samples, the pilot included)."""
+    table, samples = pilot_table(problems, step, source, args)
+    rest = table["counts"] - table["num_drawn"]  # drawn without norms: no plan follows
+    return table, samples + source.draw(problems, rest, step, first_index=table["num_drawn"])
 
 
 def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
@@ -165,7 +199,7 @@ def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
 
     Each epoch goes once through a new order of all problems; those too few for a step are left.
     """
-    m = args.prompts_per_step
+    m = args.candidates_per_step or args.prompts_per_step
     epoch, position = divmod(step - 1, len(problems) // m)
     order = np.random.default_rng((args.seed, ORDER, epoch)).permutation(len(problems))
     return [problems[i] for i in order[position * m : (position + 1) * m]]
@@ -177,7 +211,7 @@ def plan_ahead(problems: list[Problem], step: int, source: SampleSource, args) -
     ahead = {}  # by id: a problem that comes twice, around the end of an epoch, has one pilot
     for later in range(step, last_step + 1):
         ahead |= {problem.id: problem for problem in problems_of_step(problems, later, args)}
-    table, pilot = allocation_table(list(ahead.values()), step, source, args)
+    table, pilot = pilot_table(list(ahead.values()), step, source, args)
     columns = {name: column.tolist() for name, column in table.items()}  # ready for JSON
     return {"last_step": last_step, "table": columns}, pilot
 
@@ -198,17 +232,18 @@ def draw_by_plan(problems, batch: list[Problem], step: int, state, source, args)
 
 def draw_step(problems: list[Problem], step: int, state, source: SampleSource, args) -> tuple:
     """Draw the samples of a step: (its problems, samples to train on, metrics)."""
-    batch, table, pilot = problems_of_step(problems, step, args), None, []
+    batch, pilot, more = problems_of_step(problems, step, args), [], {}
     if args.allocator == "uniform":
         samples = source.draw(batch, np.full(len(batch), args.samples_per_prompt), step)
+    elif args.predict:
+        batch, samples, more = predicted_step(batch, step, state, source, args)
     elif args.e_step_every == 1:
-        table, samples = e_step(batch, step, source, args)
+        table, samples = pilot_step(batch, step, source, args)
+        more = describe_table(table, args)
     else:
         table, samples, pilot = draw_by_plan(problems, batch, step, state, source, args)
-    metrics = describe(batch, samples, pilot)
-    if table is not None:
-        metrics |= describe_table(table, args)
-    return batch, samples, metrics
+        more = describe_table(table, args)
+    return batch, samples, describe(batch, samples, pilot) | more
 
 
 def describe(problems: list[Problem], samples: list[Sample], pilot: list[Sample]) -> dict:
@@ -230,9 +265,19 @@ def describe(problems: list[Problem], samples: list[Sample], pilot: list[Sample]
         "always": [r for r in rewards.values() if any(r) and all(r)],
     }
     for name, group in groups.items():
-        metrics[f"prompts_{name}"] = len(group) / len(problems)
+        metrics[f"prompts_{name}"] = len(group) / max(len(problems), 1)
         metrics[f"budget_{name}"] = sum(map(len, group)) / max(len(samples), 1)
     return metrics
+
+
+def describe_prediction(p, num_right, num_drawn) -> dict:
+    """Metrics of predictions, (problems,) each. The first is to be compared with accept_rate."""
+    shares = num_right / num_drawn
+    varies = len(p) > 1 and p.std() > 0 and shares.std() > 0
+    return {
+        "predicted_accept_rate": float(p @ num_drawn / max(num_drawn.sum(), 1)),
+        "prediction_correlation": float(np.corrcoef(p, shares)[0, 1]) if varies else None,
+    }
 
 
 def describe_table(table: dict, args) -> dict:
@@ -241,56 +286,14 @@ def describe_table(table: dict, args) -> dict:
     predicted_variance: sum_i w_i^2 / n_i over uniform's. Optimistic: it believes the very samples
     that may mislead. None if infinite, or if the rule's weights are not known to be sqrt(c_i).
     """
-    even = args.samples_per_prompt + (args.pilot_samples if args.e_step_every > 1 else 0)
+    apart = args.pilot_samples if args.e_step_every > 1 else 0  # not in counts
+    even = args.samples_per_prompt + apart
     counts, lengths, moments = table["counts"], table["mean_length"], table["weights"] ** 2
     ratio = None
     if args.allocator in ("gvm", "reward") and moments.any() and counts[moments > 0].all():
         ratio = estimator_variance(counts, moments) / (moments.sum() / even)
     return {
         "predicted_variance": ratio,
-        "predicted_tokens": float(lengths @ counts / (lengths.sum() * even)),
+        "predicted_tokens": float(lengths @ (counts + apart) / (lengths.sum() * even)),
         "pilot_unsolved": float(np.mean(table["num_right"] == 0)),
     }
-
-
-def add_table_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of this script alone."""
-    parser.add_argument("--limit", type=positive_int, help="use the first problems of --data only")
-    parser.add_argument("--out", required=True, help="the table to write; must not exist")
-
-
-def main(argv=None) -> None:
-    """Write one line per problem, p and the columns of the table; print a summary."""
-    args = run.parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_budget_flags,
-                           add_table_flags)
-    device, out = run.join_ranks(), Path(args.out)
-
-    def set_up() -> tuple:
-        if args.allocator == "uniform":
-            raise InputError("--allocator uniform: has no E-step; choose gvm or reward")
-        if out.exists():
-            raise InputError(f"--out {out}: exists already; choose another name")
-        check_budget(args)
-        model, tokenizer = load_model(args, device)
-        problems = load_prompts(args.data, args.split, tokenizer, args, args.limit)
-        return model, tokenizer, problems, Policy(model, args.temperature)
-
-    model, tokenizer, problems, policy = run.on_every_rank(set_up)
-    run.on_rank0(out.parent.mkdir, 0o777, True, True)
-    run.on_rank0(out.touch, 0o666, False)  # claims the name: it must not exist
-    if args.fsdp:
-        distribute(policy, args.fsdp)
-    sampler = make_sampler(model, tokenizer, args)
-    with Grader() as grader:
-        table, _ = allocation_table(problems, 1, SampleSource(policy, sampler, grader, args), args)
-    counts, ratio = table["counts"], describe_table(table, args)["predicted_variance"]
-    table["p"] = table["num_right"] / table["num_drawn"]
-    rows = zip(*(column.tolist() for column in table.values()))
-    run.on_rank0(run.append_rows, out, [dict(zip(table, row)) for row in rows])
-    run.print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} per problem")
-    shown = "unknown" if ratio is None else f"{ratio:.3f}"
-    run.print0(f"predicted variance against uniform: {shown}")
-
-
-if __name__ == "__main__":
-    run.run_script(main)

@@ -56,9 +56,8 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
     if context and args.max_prompt_tokens + args.max_response_tokens > context:
         raise InputError("--max-prompt-tokens + --max-response-tokens is above the model's "
                          f"context of {context} tokens; lower one of them")
-    end_ids = model.generation_config.eos_token_id  # an int, a list or None
-    end_ids = set(end_ids if isinstance(end_ids, list) else [end_ids])
-    end_ids = (end_ids | {tokenizer.eos_token_id}) - {None}
+    found = model.generation_config.eos_token_id  # an int, a list or None
+    end_ids = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id} - {None}
     _check_tokenizer(source, tokenizer, end_ids, model.get_input_embeddings().num_embeddings)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = min(end_ids)
@@ -117,19 +116,22 @@ class Policy(nn.Module):
         if gradient_checkpointing:  # the reentrant kind crashes DDP
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, input_ids, response_mask, with_norms: bool = False):
-        """(log-probs of the response tokens, gradient norms of the responses or None).
+    def forward(self, input_ids, mask, with_norms: bool = False, as_states: bool = False):
+        """(log-probs of the masked tokens, of responses; gradient norms of the rows or None).
 
-        input_ids, response_mask: (batch, time), padded on the right, where no token before looks.
-        Log-probs: (tokens,), row after row. with_norms: also the norm of the gradient of each row's
-        -sum_t ln pi(y_t) with respect to W, (batch,); there is then no backward pass.
+        input_ids, mask: (batch, time), padded on the right, where no token before looks. Log-probs:
+        (tokens,), row after row. with_norms: also the norm of the gradient of each row's
+        -sum_t ln pi(y_t) with respect to W, (batch,); there is then no backward pass. as_states:
+        instead, of masked prompts, the last token's hidden state and the mean, (batch, 2 hidden).
         """
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda,
                             cache_enabled=False):  # the cache would hold a bf16 copy of the model
-            output = self.model.base_model(input_ids, use_cache=False)
-            is_target = response_mask[:, 1:]  # (batch, time - 1): position t predicts t + 1
-            hidden = output.last_hidden_state[:, :-1][is_target]  # (tokens, hidden)
-            targets = input_ids[:, 1:][is_target]  # (tokens,)
+            hidden = self.model.base_model(input_ids, use_cache=False).last_hidden_state
+            if as_states:
+                rows = [row[is_prompt].double() for row, is_prompt in zip(hidden, mask)]
+                return torch.stack([torch.cat([row[-1], row.mean(dim=0)]) for row in rows])
+            is_target = mask[:, 1:]  # (batch, time - 1): position t predicts t + 1
+            hidden, targets = hidden[:, :-1][is_target], input_ids[:, 1:][is_target]  # per token
             if with_norms:
                 return self._logprobs_and_norms(hidden, targets, is_target.sum(dim=1).tolist())
             # The logits of a chunk are computed again in the backward pass, instead of kept.
@@ -186,8 +188,8 @@ def _check_head(model) -> None:
 def distribute(policy: Policy, shard: bool = False) -> nn.Module:
     """The policy for training: its backward pass takes the mean of the gradients over ranks.
 
-    By DDP, or with `shard` by FSDP2: each rank holds a part of each tensor, and a layer is gathered
-    when it is used. That changes `policy` itself.
+    By DDP, or with `shard` by FSDP2, which changes `policy` itself: each rank holds a part of each
+    tensor, and a layer is gathered when it is used.
     """
     if not shard:  # buffers are constants: there is nothing to send in every forward pass
         return DistributedDataParallel(
@@ -206,9 +208,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
     """For each rank its micro-batches, lists of indices; equally many for every rank.
 
-    lengths: of the samples, in tokens. They are dealt by length, so that ranks have equal work and
-    rows little padding. A micro-batch, padded to its longest row, has at most `max_tokens` tokens,
-    or one row. Ranks that run out get empty ones: in each pass they wait for each other.
+    lengths: in tokens. Samples are dealt by length, for equal work and little padding. A batch has
+    at most `max_tokens` tokens, padded to its longest row, or one row; ranks wait in each of them.
     """
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     shares = []
@@ -224,7 +225,6 @@ def micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[
 
 
 # --- checkpoints -----------------------------------------------------------------------------
-
 # Whole tensors under plain names, so that any number of ranks can load what any other has saved.
 WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
 

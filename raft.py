@@ -46,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="weigh tokens by min(pi_old / sampler's pi, C); for a sampler_gap above 0.01")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=positive_int, default=60, help="each draws once and updates a few times")
-    add("--prompts-per-step", type=positive_int, default=16, help="the paper: 1024")
+    add("--prompts-per-step", type=positive_int, default=32, help="the paper: 1024")
     add("--updates-per-step", type=positive_int, default=1, help="optimizer steps; the paper: 4")
     add("--lr", type=non_negative, default=3e-4, help="of AdamW, constant; the paper: 1e-6")
     add("--weight-decay", type=non_negative, default=0.01, help="of AdamW")
@@ -118,8 +118,7 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
     """The samples to train on in each update, with advantage and loss_weight filled in."""
     updates = []
     for ids in np.array_split([problem.id for problem in problems], args.updates_per_step):
-        chosen = set(ids.tolist())
-        part = [sample for sample in samples if sample.problem in chosen]
+        part = [sample for sample in samples if sample.problem in ids]
         advantages, used = OBJECTIVES[args.objective](part, args)
         weights = loss_weights(part, used, len(ids), args.weighting)
         for sample, advantage, weight in zip(part, advantages, weights):
@@ -236,8 +235,10 @@ def load(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
         reference.bfloat16()  # it computes in bf16 there anyway
     problems = load_prompts(args.data, args.split, tokenizer, args)
     eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args)
-    if not args.updates_per_step <= args.prompts_per_step <= len(problems):
-        raise InputError(f"--prompts-per-step: from --updates-per-step to {len(problems)} problems")
+    looked_at = args.candidates_per_step or args.prompts_per_step
+    if not args.updates_per_step <= args.prompts_per_step <= looked_at <= len(problems):
+        raise InputError("--prompts-per-step: from --updates-per-step to --candidates-per-step, if "
+                         f"set, which is at most {len(problems)}, the number of problems")
     return policy, reference, tokenizer, problems, eval_problems
 
 

@@ -183,7 +183,7 @@ class StopSignal:
 # What the log counts from the start of the run; all other metrics are of one step.
 TOTALS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures")
 PHASES = ("sample", "sync", "grade", "score", "train", "eval", "save")  # what its seconds are for
-SHOWN = "step samples accept_rate predicted_variance loss eval_accuracy seconds".split()
+SHOWN = "step samples accept_rate predicted_accept_rate loss eval_accuracy seconds".split()
 
 
 @dataclass
@@ -195,6 +195,7 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     saved: int = -1  # the step of the newest checkpoint
     plan: dict | None = None  # of the E-step, where one serves several steps
+    predictor: dict = field(default_factory=dict)  # what gvm.py's has learnt so far
     problems: dict[str, str] = field(default_factory=dict)  # by name of the data: their digest
     last_solved: int = 0  # the last step that had a right sample
     not_finite: int = 0  # updates in a row, until now, whose gradient was not finite
@@ -277,8 +278,7 @@ def write_log(out: Path, state: RunState, metrics: dict) -> None:
     # JSON has no NaN.
     line = {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
     state.log_bytes = append_rows(out / "log.jsonl", [line])
-    known = [name for name in SHOWN if line.get(name) is not None]
-    print0("  ".join(f"{name} {line[name]:.4g}" for name in known))
+    print0("  ".join(f"{name} {line[name]:.4g}" for name in SHOWN if line.get(name) is not None))
 
 
 def digest(path: Path) -> str:

@@ -267,12 +267,12 @@ def as_rows(samples: list[Sample], problems: list[Problem]) -> list[dict]:
 
 
 def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
-    """Policy's inputs: input_ids and response_mask, (batch, time) each."""
-    rows = {"input_ids": [], "response_mask": []}
+    """Policy's inputs: input_ids and mask, (batch, time) each."""
+    rows = {"input_ids": [], "mask": []}
     for sample in samples:
         ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids])).long()
         rows["input_ids"].append(ids)
-        rows["response_mask"].append(torch.arange(len(ids)) >= len(sample.prompt_ids))
+        rows["mask"].append(torch.arange(len(ids)) >= len(sample.prompt_ids))
     return {name: pad_sequence(row, batch_first=True).to(device) for name, row in rows.items()}
 
 

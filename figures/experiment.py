@@ -35,15 +35,14 @@ RECORDS = Path(__file__).with_suffix(".jsonl")
 MIXES = {"usual": "train.jsonl", "spared": "spared.jsonl", "hard": "hard.jsonl"}  # in tests/toy
 METHODS = {  # (flags, what takes the place of gvm.draw_step)
     "uniform": (["--allocator", "uniform"], None),
-    "dynamic": (["--allocator", "uniform"], lambda: methods.mixed_only),
-    # right/drawn of a pilot, which is half of the budget
-    "published": (["--allocator", "gvm", "--no-shrink", "--rounds", 1, "--alpha", 0.001], None),
-    "rounds": ([], None),
-    "predicted": ([], lambda: methods.Predicted(candidates=1)),
-    "wider pool": ([], lambda: methods.Predicted(candidates=4)),
-    "oracle": ([], lambda: methods.oracle),
+    "dynamic": (["--allocator", "uniform"], methods.mixed_only),
+    "published": (["--allocator", "gvm", "--no-predict", "--alpha", 0.001], None),  # the pilot is half of the budget
+    "rounds": ([], methods.rounds),
+    "predicted": ([], None),
+    "wider pool": ([], None),  # and four times as many candidates: see flags
+    "oracle": ([], methods.oracle),
     # Its pilot is not counted here either, and it makes more updates; the other has as many, and nothing else of it.
-    "released": (["--allocator", "gvm", "--no-shrink", "--rounds", 1, "--alpha", 0.001, "--weighting", "token",
+    "released": (["--allocator", "gvm", "--no-predict", "--alpha", 0.001, "--weighting", "token",
                   "--pilot-samples", 8, "--e-step-every", 9, "--updates-per-step", 8], None),
     "uniform, 8 updates": (["--allocator", "uniform", "--updates-per-step", 8], None),
 }
@@ -67,11 +66,12 @@ KEY = ("stage", "objective", "method", "mix", "rate", "prompts", "samples", "see
 
 def flags(spec: dict, out: Path, steps: int, eval_samples: int) -> list[str]:
     """The command line of a run, for raft.py or grpo.py."""
-    pilot = spec["samples"] // 2 if spec["method"] == "published" else min(spec["samples"] // 2, 2)
+    more = {"published": ["--pilot-samples", spec["samples"] // 2],
+            "wider pool": ["--candidates-per-step", 4 * spec["prompts"]]}.get(spec["method"], [])
     words = ["--data", ROOT / "tests" / "toy" / MIXES[spec["mix"]], "--prompts-per-step", spec["prompts"],
-             "--samples-per-prompt", spec["samples"], "--pilot-samples", pilot, "--updates-per-step", 1,
-             "--lr", spec["rate"], "--steps", steps, "--eval-every", EVAL_EVERY, "--eval-samples", eval_samples,
-             "--save-every", steps, "--seed", spec["seed"], "--out", out, *METHODS[spec["method"]][0]]
+             "--samples-per-prompt", spec["samples"], "--updates-per-step", 1, "--lr", spec["rate"], "--steps", steps,
+             "--eval-every", EVAL_EVERY, "--eval-samples", eval_samples, "--save-every", steps, "--seed", spec["seed"],
+             "--out", out, *METHODS[spec["method"]][0], *more]
     return [str(word) for word in words]
 
 
@@ -89,8 +89,8 @@ def worker(objective: str, method: str, words: list[str]) -> None:
         return samples
 
     gvm.SampleSource.draw = draw_and_count
-    if make_draw_step := METHODS[method][1]:
-        raft.draw_step = make_draw_step()
+    if draw_step := METHODS[method][1]:
+        raft.draw_step = draw_step
     {"raft": raft, "grpo": grpo}[objective].main(words)
     Path(words[words.index("--out") + 1], "drawn.json").write_text(json.dumps(drawn))
 
@@ -125,8 +125,9 @@ def right_of_each(spec: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "table.jsonl"
         words = ["--data", ROOT / "tests" / "toy" / MIXES[spec["mix"]], "--pilot-samples", 64,
-                 "--samples-per-prompt", 64, "--rounds", 1, "--out", out]
-        subprocess.run([sys.executable, ROOT / "gvm.py", *map(str, words)], capture_output=True, check=True)
+                 "--samples-per-prompt", 64, "--out", out]
+        script = ROOT / "tests" / "allocation_table.py"
+        subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, check=True)
         return spec | {"curve": [], "right": {row["id"]: row["num_right"] for row in read_rows(out)}}
 
 

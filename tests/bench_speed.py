@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from conftest import flags  # noqa: E402
 
-from allocator import allocate, gvm_weights, posterior_weights  # noqa: E402
+from allocator import Predictor, allocate, gvm_weights  # noqa: E402
 from data import Sample, encode_prompt, load_problems  # noqa: E402
 from model import Policy, distribute, load_model, micro_batches  # noqa: E402
 from raft import update  # noqa: E402
@@ -95,11 +95,18 @@ def bench_model(name: str, args, number: int, repeats: int) -> None:
 
 
 def bench_allocator() -> None:
-    """Print time and peak memory for a million prompts."""
-    generator, ones = np.random.default_rng(0), np.ones(100_000)
-    right, drawn = generator.binomial(4, generator.beta(0.5, 0.5, 100_000)), 4 * ones
-    taken = seconds(lambda: posterior_weights(lambda p, *norms: gvm_weights(p, norms[0]), right, drawn, ones, ones), 1)
-    print(f"posterior_weights: 100,000 prompts, 4 samples each: {taken:.2f} s")
+    """Print what a prediction takes, and time and peak memory for a hundred thousand prompts."""
+    generator, ones = np.random.default_rng(0), np.ones(4096)
+    right = generator.binomial(2, generator.beta(0.5, 0.5, 4096))
+    table = {"num_right": right, "num_drawn": 2 * ones, "norm_right": ones, "norm_wrong": ones}
+    predictor = Predictor({})
+    features = predictor.features(generator.normal(size=(4096, 256)))
+
+    def predict_and_learn() -> None:
+        mu, _ = predictor.weights(features, lambda p, *norms: gvm_weights(p, norms[0]))
+        predictor.learn(features, mu, table)
+
+    print(f"Predictor: 4,096 prompts, 256 numbers of each, predicted and learnt from: {seconds(predict_and_learn, 3):.2f} s")
     weights = np.exp(2 * generator.normal(size=100_000))
     taken = seconds(lambda: allocate(weights, 800_000), 3)
     tracemalloc.start()

@@ -6,7 +6,8 @@
 Measured, not predicted: for each estimator and each way to spend 8 samples a prompt (pilot included, unsolved prompts
 included), many independent estimates of one update's gradient are made by the project's own code, at fixed weights, and
 compared with the exact gradient. Their mean squared error is the sum of their variance and of their squared bias; all
-three are given relative to the mean squared error with uniform counts. The last tables are the bias of `loo` by p, and what
+three are given relative to the mean squared error with uniform counts. A prediction has learnt from other problems, and
+leaves out some of these, which makes it biased. The last tables are the bias of `loo` by p, and what
 leaving prompts out does.
 
 The damped log-likelihood is the target that Eq. 7 stands for: a prompt's gradient times (1 + alpha / p^beta)^(-1/2), in
@@ -37,12 +38,12 @@ from tqdm import tqdm  # noqa: E402
 import grpo  # noqa: E402
 import gvm  # noqa: E402
 import methods  # noqa: E402 (in figures/)
-from allocator import allocate, reward_weights  # noqa: E402
+from allocator import Predictor, allocate, allocate_or_leave, reward_weights  # noqa: E402
 from data import Grader, Sample  # noqa: E402
-from gvm import SampleSource, allocation_weights, e_step, estimate, problems_of_step  # noqa: E402
+from gvm import SampleSource, estimate, pilot_step, predicted_step, problems_of_step, prompt_states  # noqa: E402
 from model import Policy, load_model  # noqa: E402
 from raft import OBJECTIVES, loss_weights  # noqa: E402
-from run import join_ranks  # noqa: E402
+from run import RunState, join_ranks  # noqa: E402
 from sampler import HfSampler, collate, draw, fill_logprobs, load_prompts  # noqa: E402
 
 flags = partial(conftest.flags, add_flags=grpo.add_flags)  # which are raft.py's as well
@@ -58,16 +59,15 @@ ESTIMATORS = {  # the objective, and the rule that fits it
     "reward, dr": ["--objective", "grpo", "--allocator", "reward", "--advantage", "dr"],
     "reward, grpo": ["--objective", "grpo", "--allocator", "reward", "--advantage", "grpo"],
 }
-ONCE, ROUNDS = ["--pilot-samples", 4, "--rounds", 1], ["--pilot-samples", 2, "--rounds", 3]
+PILOT = ["--no-predict", "--pilot-samples", 4]
 RULES = {
     "uniform": ["--allocator", "uniform"],
-    "gvm plug-in": ["--allocator", "gvm", "--no-shrink", *ONCE],
-    "gvm shrink": ["--allocator", "gvm", *ONCE],
-    "gvm rounds": ["--allocator", "gvm", *ROUNDS],
-    "reward plug-in": ["--allocator", "reward", "--no-shrink", *ONCE],
-    "reward rounds": ["--allocator", "reward", *ROUNDS],
-    "gvm plug-in rounds": ["--allocator", "gvm", "--no-shrink", *ROUNDS],
-    "reward plug-in rounds": ["--allocator", "reward", "--no-shrink", *ROUNDS],
+    "gvm plug-in": ["--allocator", "gvm", *PILOT],
+    "gvm rounds": ["--allocator", "gvm"],  # by figures/methods.py
+    "gvm predicted": ["--allocator", "gvm"],
+    "reward plug-in": ["--allocator", "reward", *PILOT],
+    "reward rounds": ["--allocator", "reward"],
+    "reward predicted": ["--allocator", "reward"],
     "oracle": [],  # the rule that fits, with p and G known
 }
 
@@ -81,14 +81,14 @@ def divided_rule(group_size: int):
 
 gvm.RULES |= {"groups of 8": divided_rule(8), "large groups": divided_rule(1_000_000)}
 DIVIDED = {"uniform": RULES["uniform"], "reward rounds": RULES["reward rounds"]} | {
-    f"{name} rounds": ["--allocator", name, *ROUNDS] for name in ("groups of 8", "large groups")}
+    f"{name} rounds": ["--allocator", name] for name in ("groups of 8", "large groups")}
 
 
 class Pool:
     """All samples of some problems, their gradients, and where each problem's population is among them."""
 
-    def __init__(self, policy: Policy, sampler, grader, problems):
-        self.problems = problems
+    def __init__(self, policy: Policy, sampler, grader, problems, foretold: dict[str, np.ndarray]):
+        self.problems, self.foretold = problems, foretold
         drawn = draw(sampler, grader, problems, np.full(len(problems), POPULATION), seed_key=(0, 0, 0), temperature=1.0)
         texts: dict[tuple, int] = {}  # equal responses have equal gradients
         places = [texts.setdefault((s.problem, s.response_ids.tobytes()), len(texts)) for s in drawn]
@@ -146,8 +146,23 @@ def known_counts(pool: Pool, chosen: np.ndarray, args) -> np.ndarray:
     """The counts of the rule that --allocator names if p and G are those of the population, (problems,)."""
     samples = [pool.samples[place] for place in pool.places[chosen].ravel()]
     known = estimate(samples, [pool.problems[i] for i in chosen], args.weighting)
-    args.shrink = False  # p and G are known
-    return allocate(allocation_weights(known, args), len(chosen) * args.samples_per_prompt)
+    weights = gvm.RULES[args.allocator](pool.rates(chosen), known["norm_right"], known["norm_wrong"], args)
+    return allocate(weights, len(chosen) * args.samples_per_prompt)
+
+
+def foretell(policy: Policy, sampler, grader, problems, others) -> dict[str, np.ndarray]:
+    """By rule: weights, (problems,), of a predictor that has learnt from 40 steps of 64 samples of other problems."""
+    found = {}
+    for rule, objective in (("gvm", "raft"), ("reward", "grpo")):
+        words = ["--allocator", rule, "--objective", objective, "--prompts-per-step", 16, "--samples-per-prompt", 4]
+        args, state = flags(*words), RunState()
+        source = SampleSource(policy, sampler, grader, args)
+        for step in range(1, 41):
+            predicted_step(problems_of_step(others, step, args), step, state, source, args)
+        predictor = Predictor(state.predictor)
+        features = predictor.features(prompt_states(policy, problems, args.tokens_per_micro_batch))
+        _, found[rule] = predictor.weights(features, partial(gvm.RULES[rule], args=args))
+    return found
 
 
 def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> tuple[np.ndarray, np.ndarray]:
@@ -166,13 +181,18 @@ def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> tupl
     source = FromPool(None, None, None, args)
 
     fixed = known_counts(pool, chosen, args) if rule == "oracle" else np.full(len(chosen), args.samples_per_prompt)
+    if rule.endswith("predicted"):
+        smallest = 1 if args.objective == "raft" else 2
+        fixed = allocate_or_leave(pool.foretold[args.allocator][chosen], fixed.sum(), smallest)
     found, signal = np.zeros((ESTIMATES, SKETCH)), np.zeros(len(chosen))
     row_of, damping = {problem.id: row for row, problem in enumerate(problems)}, pool.damping(chosen)
     for row in found:
-        if rule in ("uniform", "oracle"):
+        if rule in ("uniform", "oracle") or rule.endswith("predicted"):
             samples = source.draw(problems, fixed, step=1)
+        elif rule.endswith("rounds"):
+            samples = methods.draw_in_rounds(problems, 1, source, args)
         else:
-            _, samples = e_step(problems, 1, source, args)
+            _, samples = pilot_step(problems, 1, source, args)
         advantages, used = OBJECTIVES[args.objective](samples, args)
         weights = loss_weights(samples, used, len(problems), args.weighting)
         mean_length = np.mean([len(sample.response_ids) for sample in samples])  # a common scale: taken out again
@@ -229,13 +249,14 @@ def rarely_solved(pool: Pool) -> None:
 
 def loo_by_p(pool: Pool) -> None:
     """Print E[A r] over p (1 - p), by p: 1 if the estimate is unbiased. The pilot is trained on, so its luck counts."""
-    everyone, rules = np.arange(PROBLEMS), ("uniform", "reward plug-in", "reward rounds")
+    everyone, rules = np.arange(PROBLEMS), ("uniform", "reward plug-in", "reward rounds", "reward predicted")
     rates, edges = pool.rates(everyone), np.array([0.005, 0.05, 0.2, 0.4, 0.6, 0.8, 0.995])
     print("\nloo: the estimate over the truth, for p in" + "".join(f"{f'{a:g} to {b:g}':>14s}" for a, b in
                                                                 zip(edges, edges[1:])))
     for rule in rules:
         signal = np.concatenate([estimates(pool, chosen, "reward, loo", rule)[1] for chosen in everyone.reshape(2, -1)])
-        inside = [(rates >= a) & (rates < b) for a, b in zip(edges, edges[1:])]
+        served = signal > 0  # of prompts that are left out, nothing is estimated
+        inside = [served & (rates >= a) & (rates < b) for a, b in zip(edges, edges[1:])]
         ratios = [signal[i].sum() / (rates[i] * (1 - rates[i])).sum() for i in inside]
         print(f"{rule:43s}" + "".join(f"{ratio:14.2f}" for ratio in ratios), flush=True)
 
@@ -248,7 +269,10 @@ def left_out(pool: Pool) -> None:
     """
     generator, exact = np.random.default_rng(1), pool.exact(np.arange(PROBLEMS), "reward, loo")
     args = flags(*ESTIMATORS["reward, loo"])
-    best = methods.allocate_or_leave(reward_weights(pool.rates(np.arange(PROBLEMS)), *np.ones((2, PROBLEMS))), 64, 2)
+    known = reward_weights(pool.rates(np.arange(PROBLEMS)), *np.ones((2, PROBLEMS)))
+    chosen = {f"p {how}: {(counts > 0).sum()} served, up to {counts.max()}": lambda counts=counts: counts
+              for how, weights in (("known", known), ("predicted", pool.foretold["reward"]))
+              for counts in [allocate_or_leave(weights, 64, 2)]}
 
     def spread(prompts: int) -> np.ndarray:
         counts = np.zeros(PROBLEMS, dtype=int)
@@ -257,7 +281,7 @@ def left_out(pool: Pool) -> None:
 
     ways = {f"{m} at random x {64 // m}": lambda m=m: spread(m) for m in (8, 16, 32)}
     print("\n64 samples for 64 prompts          cosine of the mean    signal")
-    for name, counts_of in (ways | {f"p known: {(best > 0).sum()} served, up to {best.max()}": lambda: best}).items():
+    for name, counts_of in (ways | chosen).items():
         found = np.zeros((4 * ESTIMATES, SKETCH))
         for row in found:
             counts = counts_of()
@@ -277,9 +301,12 @@ def make_pool(*words) -> Pool:
     """The population of a step's problems."""
     args = flags(*POOL, *words)
     model, tokenizer = load_model(args, join_ranks())
-    problems = problems_of_step(load_prompts(args.data, args.split, tokenizer, args), 1, args)
+    everyone = load_prompts(args.data, args.split, tokenizer, args)
+    problems = problems_of_step(everyone, 1, args)
+    tools = Policy(model), HfSampler(model, tokenizer, args)
     with Grader() as grader:
-        return Pool(Policy(model), HfSampler(model, tokenizer, args), grader, problems)
+        foretold = foretell(*tools, grader, problems, [problem for problem in everyone if problem not in problems])
+        return Pool(*tools, grader, problems, foretold)
 
 
 def main() -> None:

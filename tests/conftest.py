@@ -98,6 +98,13 @@ def read_log(out, drop=("seconds",)) -> list[dict]:
     return [{name: value for name, value in line.items() if not name.startswith(drop)} for line in lines]
 
 
+def same_log(found: dict, expected: dict) -> bool:
+    """Whether two lines of the log differ by no more than rounding."""
+    null = {name for name, value in expected.items() if value is None and found[name] is None}
+    found, expected = ({name: 0.0 if name in null else value for name, value in line.items()} for line in (found, expected))
+    return found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
 def parameters(out, step: int) -> dict[str, torch.Tensor]:
     """The model of a checkpoint."""
     return AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step-{step:06d}").state_dict()
@@ -130,12 +137,12 @@ def check_killed_and_resumed(script: str, words: list, straight: Path, out: Path
 
 def check_same_update(expected: dict, found: dict) -> None:
     """What `ranks.py update` wrote in two places: the same log-probs, norms, gradients, parameters and metrics."""
-    for kind in ("gradient model.", "gradient norms", "log-probs"):
+    for kind in ("gradient model.", "gradient norms", "log-probs", "prompt states"):
         one, two = (torch.cat([tensor.flatten() for name, tensor in result.items() if name.startswith(kind)])
                     for result in (expected, found))
         assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm(), kind
     for name, value in expected.items():
-        if name in ("gradient norms", "log-probs"):
+        if name in ("gradient norms", "log-probs", "prompt states"):
             continue  # of any size, and compared above
         if isinstance(value, torch.Tensor):
             assert torch.allclose(value, found[name], rtol=0, atol=1e-6), name

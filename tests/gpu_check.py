@@ -193,7 +193,7 @@ def norm_errors(policy: Policy, samples: list[Sample], name: str) -> list[Row]:
     in_bf16 = functools.partial(torch.autocast, kind, torch.bfloat16, cache_enabled=False)
     with in_bf16(enabled=kind == "cuda"):
         states = policy.model.base_model(batch["input_ids"], use_cache=False)
-    is_target = batch["response_mask"][:, 1:]
+    is_target = batch["mask"][:, 1:]
     hidden, targets = states.last_hidden_state[:, :-1][is_target].float(), batch["input_ids"][:, 1:][is_target]
     lengths = is_target.sum(dim=1).tolist()
     exact = policy._logprobs_and_norms(hidden, targets, lengths)[1]  # (samples,)

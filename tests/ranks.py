@@ -12,6 +12,7 @@ from conftest import flags, m_step, make_sample
 
 import grpo
 from data import Grader, InputError, Problem
+from gvm import prompt_states
 from model import Policy, distribute, load_model, load_optimizer, newest_checkpoint, save_checkpoint, whole
 from raft import split_updates, train_step
 from run import RunState, gather, join_ranks, on_every_rank, run_script
@@ -44,7 +45,9 @@ def one_update(samples: list, args) -> dict:
     optimizer.register_step_pre_hook(lambda *_: gradients.update(
         {f"gradient {name}": whole(p.grad).clone() for name, p in policy.named_parameters()}))
     fill_logprobs(learner, samples, args.tokens_per_micro_batch, with_norms=True)
-    scored = {"gradient norms": torch.tensor([sample.head_grad_norm for sample in samples]),
+    prompts = [Problem(i, "", "", prompt_ids=samples[0].prompt_ids + [5] * i) for i in range(9)]
+    scored = {"prompt states": torch.from_numpy(prompt_states(policy, prompts, args.tokens_per_micro_batch)),
+              "gradient norms": torch.tensor([sample.head_grad_norm for sample in samples]),
               "log-probs": torch.from_numpy(np.concatenate([sample.old_logprobs for sample in samples]))}
     for sample in samples:  # off-policy, so that ratios and clips matter
         sample.old_logprobs = sample.old_logprobs + 0.3 * (sample.problem - 3)

@@ -41,19 +41,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def scored_share(args) -> float:
-    """The share of a step's samples whose gradient norms are computed: all but those of the last round."""
+    """The share of a step's samples whose gradient norms are computed: from which a pilot or a regression learns."""
     if args.allocator == "uniform" or args.e_step_every > 1:
         return 0.0
-    rest = args.samples_per_prompt - args.pilot_samples
-    return (args.pilot_samples + rest * (args.rounds - 1) / args.rounds) / args.samples_per_prompt
+    return 1.0 if args.predict else args.pilot_samples / args.samples_per_prompt
 
 
 def draws(args) -> tuple[float, float]:
     """(calls of the sampler in a step, samples of a pilot that only informs), both on average over steps."""
-    if args.allocator == "uniform":
+    if args.allocator == "uniform" or args.predict:
         return 1.0, 0.0
     if args.e_step_every == 1:
-        return 1.0 + args.rounds, 0.0  # the pilot, and each round
+        return 2.0, 0.0  # the pilot, and the rest
     return 1.0 + 1 / args.e_step_every, args.prompts_per_step * args.pilot_samples
 
 
@@ -87,7 +86,10 @@ def step_cost(config, args) -> dict[str, tuple[float, float, float]]:
     chunk = HEAD_BYTES / FP32 / text.vocab_size  # tokens; for norms, of one sample
     # A chunk reads the head. For norms it also writes a gradient, and adds it to the sum over chunks.
     heads_read = 4 * with_norms * max(response / chunk, 1) + (without + reference) * response / chunk
-    costs["scoring"] = ((with_norms + without + reference) * whole_pass + with_norms * 2 * head * response,
+    candidates = (args.candidates_per_step or args.prompts_per_step) / args.gpus  # whose prompts a prediction reads
+    candidates *= args.predict and args.allocator != "uniform"
+    read = candidates * (2 * body * prompt + 2 * attention * prompt**2)
+    costs["scoring"] = ((with_norms + without + reference) * whole_pass + with_norms * 2 * head * response + read,
                         heads_read * FP32 * head, 0.0)
 
     trained = own * args.trained_share

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 import eval as evaluation
+import allocation_table
 import grpo
-import gvm
 import raft
 import run
 from data import TOY, InputError, Problem, load_problems
 from sampler import as_rows
 
-MAINS = {"raft": raft.main, "grpo": grpo.main, "gvm": gvm.main, "eval": evaluation.main}
+MAINS = {"raft": raft.main, "grpo": grpo.main, "table": allocation_table.main, "eval": evaluation.main}
 GOOD = json.dumps({"problem": "1+1", "answer": "2"}) + "\n"
 FEW = "--data few.jsonl --eval-data few.jsonl --prompts-per-step 2"  # for what is noticed late
 
@@ -200,7 +200,7 @@ def both(*prepares):
 FLAGS = [
     ("unknown-flag", nothing, "raft --modle x", "unrecognized arguments: --modle x (see --help)"),
     ("unknown-flag-grpo", nothing, "grpo --group-size 4", "unrecognized arguments: --group-size"),
-    ("unknown-flag-gvm", nothing, "gvm --out t --steps 4", "unrecognized arguments: --steps"),
+    ("unknown-flag-gvm", nothing, "table --out t --steps 4", "unrecognized arguments: --steps"),
     ("unknown-flag-eval", nothing, "eval --data d --k 4", "unrecognized arguments: --k"),
     ("loose-word", nothing, "raft resume", "unrecognized arguments: resume"),
     ("abbreviation", nothing, "raft --step 4", "unrecognized arguments: --step"),
@@ -236,7 +236,7 @@ FLAGS = [
     ("is-below-1", nothing, "raft --truncated-is 0.5", "argument --truncated-is: 0.5: must be finite, and from 1"),
     ("grad-clip-0", nothing, "raft --grad-clip 0", "argument --grad-clip: 0: must be finite, and from 1e-06"),
     ("alpha-nan", nothing, "raft --alpha nan", "argument --alpha: nan: must be finite, and from 0"),
-    ("beta-1", nothing, "gvm --out t --beta 1", "argument --beta: 1: must be finite, and from 2"),
+    ("beta-1", nothing, "table --out t --beta 1", "argument --beta: 1: must be finite, and from 2"),
     ("temperature-0", nothing, "raft --temperature 0", "argument --temperature: 0: must be finite, and from 0.001"),
     ("temperature-nan", nothing, "eval --data d --temperature nan", "argument --temperature: nan"),
     ("eval-temperature-negative", nothing, "raft --eval-temperature -1", "argument --eval-temperature: -1"),
@@ -247,19 +247,28 @@ FLAGS = [
     ("loss", nothing, "grpo --loss RAFT", "argument --loss: invalid choice: 'RAFT'"),
     ("weighting", nothing, "raft --weighting none", "argument --weighting: invalid choice"),
     ("advantage", nothing, "grpo --advantage mean", "argument --advantage: invalid choice"),
-    ("cost", nothing, "gvm --out t --cost dollars", "argument --cost: invalid choice"),
+    ("cost", nothing, "table --out t --cost dollars", "argument --cost: invalid choice"),
     ("sampler", nothing, "eval --data d --sampler sglang", "argument --sampler: invalid choice"),
     ("fsdp-hf", holds("few.jsonl", 2 * GOOD), f"raft {FEW} --updates-per-step 1 --fsdp", "--fsdp: transformers wants"),
-    ("no-out", nothing, "gvm", "the following arguments are required: --out"),
-    ("table-of-uniform", nothing, "gvm --out t --allocator uniform", "--allocator uniform: has no E-step; choose"),
+    ("no-out", nothing, "table", "the following arguments are required: --out"),
+    ("table-of-uniform", nothing, "table --out t --allocator uniform", "--allocator uniform, --predict: take no pilot"),
+    ("table-of-predictions", nothing, "table --out t --predict", "--allocator uniform, --predict: take no pilot"),
     ("no-data", nothing, "eval", "one of the arguments --data --rescore is required"),
     ("data-and-rescore", nothing, "eval --data d --rescore f", "--rescore: not allowed with argument --data"),
-    ("budget-below-pilot", nothing, "raft --samples-per-prompt 1", "--samples-per-prompt is below --pilot-samples"),
-    ("budget-below-pilot-gvm", nothing, "gvm --out t --pilot-samples 9", "--samples-per-prompt is below"),
-    ("rounds-of-a-window", nothing, "raft --e-step-every 2", "--e-step-every above 1 does not spend in rounds: add"),
-    ("rounds-of-a-window-grpo", nothing, "grpo --e-step-every 9 --rounds 2", "add --rounds 1"),
+    ("budget-below-pilot", nothing, "raft --no-predict --pilot-samples 9", "--samples-per-prompt is below --pilot-samples"),
+    ("budget-below-pilot-gvm", nothing, "table --out t --pilot-samples 9", "--samples-per-prompt is below"),
+    ("window-of-predictions", nothing, "raft --e-step-every 2", "need a pilot, which --predict does without; add --no"),
+    ("pilot-and-predictions", nothing, "grpo --pilot-samples 2", "need a pilot, which --predict does without; add --no"),
+    ("tokens-and-predictions", nothing, "raft --cost tokens", "need a pilot, which --predict does without; add --no"),
+    ("no-pilot-nor-predictions", nothing, "raft --no-predict", "--no-predict: p and G are known from a pilot; add --pilot"),
+    ("candidates-of-a-pilot", nothing, "raft --no-predict --pilot-samples 2 --candidates-per-step 32",
+     "--candidates-per-step: nothing tells candidates apart; add --predict"),
+    ("candidates-of-uniform", nothing, "grpo --allocator uniform --candidates-per-step 32", "--candidates-per-step: noth"),
+    ("candidates-below-prompts", nothing, "raft --candidates-per-step 8", "--prompts-per-step: from --updates-per-step"),
+    ("candidates-above-data", holds("few.jsonl", GOOD * 3), f"raft {FEW} --candidates-per-step 4",
+     "--candidates-per-step, if set, which is at most 3, the number of problems"),
     ("prompts-above-data", holds("few.jsonl", GOOD * 3), "raft --data few.jsonl --eval-data few.jsonl",
-     "--prompts-per-step: from --updates-per-step to 3 problems"),
+     "--prompts-per-step: from --updates-per-step to --candidates-per-step, if set, which is at most 3, the number"),
     ("updates-above-prompts", holds("few.jsonl", GOOD * 3), f"raft {FEW} --updates-per-step 3",
      "--prompts-per-step: from --updates-per-step to"),
     ("prompts-too-long", holds("few.jsonl", GOOD * 3), f"raft {FEW} --max-prompt-tokens 2",
@@ -275,7 +284,7 @@ DATA = [
     ("missing-eval-data", holds("few.jsonl", GOOD), "raft --data few.jsonl --eval-data no.json", "no.json: no such"),
     ("missing-eval", nothing, "eval --data no.jsonl --max-prompt-tokens 9 --max-response-tokens 9",
      "no.jsonl: no such"),
-    ("missing-gvm", nothing, "gvm --out t --data no.parquet", "no.parquet: no such file"),
+    ("missing-gvm", nothing, "table --out t --data no.parquet", "no.parquet: no such file"),
     ("a-folder", has_folder("d.jsonl"), f"{BAD} d.jsonl", "d.jsonl: is a directory"),
     ("a-folder-without-suffix", has_folder("d"), f"{BAD} d", "'d': neither"),
     ("a-file-without-suffix", holds("d", GOOD), f"{BAD} d", "'d': neither"),
@@ -329,7 +338,7 @@ DATA = [
     ("solution-without-a-box", holds("a.jsonl", [{"problem": "q", "solution": "It is 2."}]), f"{BAD} a.jsonl",
      "row 1 has nothing readable in 'solution'"),
 ]
-BAD = "gvm --out t --limit 2 --model"
+BAD = "table --out t --limit 2 --model"
 MODELS = [
     ("missing", nothing, "raft --model no", "--model no: cannot be loaded (no such folder"),
     ("missing-eval", nothing, "eval --data d --model no", "--model no: cannot be loaded (no such folder"),
@@ -412,12 +421,12 @@ FOLDERS = [
     ("out-is-below-a-file", holds("a", GOOD), "raft --out a/out", "--out"),
     ("out-is-a-file-eval", holds("out", GOOD), "eval --data d --out out", "--out"),
     ("out-too-long", nothing, f"raft --out {'x' * 300}", "File name too long"),
-    ("out-too-long-gvm", nothing, f"gvm --out {'x' * 300}", "--out"),
-    ("out-below-a-file-gvm", holds("a", GOOD), "gvm --limit 2 --out a/t.jsonl", "--out"),
-    ("out-exists-gvm", holds("t.jsonl", GOOD), "gvm --out t.jsonl",
+    ("out-too-long-gvm", nothing, f"table --out {'x' * 300}", "--out"),
+    ("out-below-a-file-gvm", holds("a", GOOD), "table --limit 2 --out a/t.jsonl", "--out"),
+    ("out-exists-gvm", holds("t.jsonl", GOOD), "table --out t.jsonl",
      "--out t.jsonl: exists already; choose another name"),
-    ("out-is-a-folder-gvm", has_folder("t"), "gvm --out t", "--out t: exists already"),
-    ("out-empty-gvm", nothing, "gvm --out ''", "--out"),
+    ("out-is-a-folder-gvm", has_folder("t"), "table --out t", "--out t: exists already"),
+    ("out-empty-gvm", nothing, "table --out ''", "--out"),
     ("all-checkpoints-damaged", both(FEW_ROWS, damaged_checkpoint), f"raft {FEW} --out out --resume",
      "--resume: no checkpoint in out is whole; choose another --out"),
     ("checkpoint-is-a-file", both(FEW_ROWS, holds("out/checkpoints/step-000001", "")), f"raft {FEW} --out out --resume",
@@ -508,6 +517,7 @@ def test_users_see_one_line_and_exit_code_2(tmp_path, name):
     prepare(tmp_path)
     before = contents(tmp_path)
     script, *words = shlex.split(line)
+    script = "tests/allocation_table" if script == "table" else script
     done = run_script(f"{script}.py", *words, check=False, cwd=tmp_path)
     assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
     assert_untouched(tmp_path, before)
@@ -530,7 +540,7 @@ def test_a_folder_in_use_is_refused(device, tmp_path):
 
 def test_two_tables_at_once_do_not_mix(tmp_path):
     """Into a folder that is not there yet."""
-    words = ["gvm.py", "--limit", "4", "--out", str(tmp_path / "new" / "t.jsonl")]
+    words = ["tests/allocation_table.py", "--limit", "4", "--out", str(tmp_path / "new" / "t.jsonl")]
     both = [subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True) for _ in range(2)]
     complaints = [process.communicate(timeout=120)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], complaints

@@ -164,9 +164,9 @@ class StopAt:
         return self.left <= 0
 
 
-@pytest.mark.parametrize("check", range(1, 11))
+@pytest.mark.parametrize("check", range(1, 6))
 def test_a_stop_at_any_check_is_saved_and_resumed(straight, tmp_path, monkeypatch, check):
-    """Step 0 has one check. Others have four or five: before the pilot, three rounds, and an evaluation."""
+    """Step 0 has one check: before the evaluation. Others have one or two: before they draw, and the evaluation."""
     words = [*QUICK, "--steps", "2", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patched:
         patched.setattr(run, "StopSignal", lambda: StopAt(check))
@@ -183,7 +183,7 @@ def test_a_stop_at_any_check_is_saved_and_resumed(straight, tmp_path, monkeypatc
 
 def test_a_pilot_for_several_steps_is_counted_when_its_step_is_given_up(device, tmp_path, monkeypatch):
     """The third check comes after the pilot, and before the step's own samples."""
-    words, logs = [*QUICK, "--e-step-every", "2", "--rounds", "1", "--steps", "2"], []
+    words, logs = [*QUICK, "--no-predict", "--pilot-samples", "2", "--e-step-every", "2", "--steps", "2"], []
     for name, check in (("straight", 1000), ("stopped", 3)):
         with monkeypatch.context() as patched:
             patched.setattr(run, "StopSignal", lambda: StopAt(check))

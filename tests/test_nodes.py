@@ -55,7 +55,7 @@ def test_an_update_on_two_nodes_is_that_of_one(two_nodes, tmp_path, ranks):
 
 # --- workers that are started again ----------------------------------------------------------------------------------
 
-WORDS = ["--steps", 6, "--prompts-per-step", 6, "--samples-per-prompt", 4, "--rounds", 1, "--max-response-tokens", 32,
+WORDS = ["--steps", 6, "--prompts-per-step", 6, "--samples-per-prompt", 4, "--max-response-tokens", 32,
          "--eval-samples", 1, "--eval-every", 6, "--save-every", 2, "--keep", 9]
 
 

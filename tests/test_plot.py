@@ -61,39 +61,3 @@ def test_bad_input_is_one_line_and_leaves_no_picture(tmp_path, content, complain
     done = run(tmp_path / "bad.jsonl", "--out", tmp_path / "a.png")
     assert done.returncode == 2 and complaint in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "a.png").exists()
-
-
-def test_the_readme_s_figure_has_its_points():
-    points = plot.read_points(ROOT / "figures" / "toy.jsonl")
-    found = plot.curves(points, "samples")
-    assert len(found) == 4 and all(name.endswith("10 seeds") for name in found)
-    last = {name.split(",")[0]: f"{curve[-1, 1]:.3f}" for name, curve in found.items()}
-    table = (ROOT / "README.md").read_text()
-    assert f"| {last['raft-gvm']} |\n" in table and f"| {last['grpo-reward']} |\n" in table
-    accuracy = {(point["run"], point["step"]): point["accuracy"] for point in points}
-    for ours, theirs in (("raft-gvm", "raft-uniform"), ("grpo-reward", "grpo-uniform")):
-        rows = []
-        for step in (5, 10, 20, 30):  # pairs of seeds; 2.262: Student's t, 9 degrees of freedom, 95 %
-            pairs = np.array([[accuracy[f"{name}-{seed}", step] for name in (ours, theirs)] for seed in range(10)])
-            gains = pairs[:, 0] - pairs[:, 1]
-            rows.append([*pairs.mean(axis=0), f"{gains.mean():.3f} ± {2.262 * gains.std(ddof=1) / np.sqrt(10):.3f}"])
-        for means in list(zip(*rows))[:2]:
-            assert " | ".join(f"{value:.3f}" for value in means) in table
-        assert f"| difference | | {' | '.join(row[2] for row in rows)} |" in table
-
-
-def test_the_readme_s_differences_at_equal_tokens():
-    """Accuracy where our curve, linear between evaluations, has spent what uniform had at its step."""
-    runs: dict[str, list[dict]] = {}
-    for point in plot.read_points(ROOT / "figures" / "toy.jsonl"):
-        runs.setdefault(point["run"], []).append(point)
-    for ours, theirs in (("raft-gvm", "raft-uniform"), ("grpo-reward", "grpo-uniform")):
-        cells = []
-        for step in (5, 10, 20, 30):
-            gains = []
-            for seed in range(10):
-                other, = [point for point in runs[f"{theirs}-{seed}"] if point["step"] == step]
-                tokens, accuracies = zip(*[(point["tokens"], point["accuracy"]) for point in runs[f"{ours}-{seed}"]])
-                gains.append(np.interp(other["tokens"], tokens, accuracies) - other["accuracy"])
-            cells.append(f"{np.mean(gains):.3f} ± {2.262 * np.std(gains, ddof=1) / np.sqrt(10):.3f}")
-        assert f"| difference after as many tokens as uniform's | | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import (
     SMALL, check_killed_and_resumed, check_same_update, check_sigterm_saves_the_step_and_exits, flags, m_step, make_sample,
-    parameters, read_log, run_script,
+    parameters, read_log, run_script, same_log,
 )
 from transformers import AutoTokenizer
 
@@ -259,12 +259,13 @@ def test_weight_decay_is_the_flag_s(train_here):
         assert torch.allclose(weights - with_decay[name], 1e-3 * 20 * initial[name], atol=1e-6), name
 
 
-WINDOWS = {1: ["--e-step-every", 1], 2: ["--e-step-every", 3, "--rounds", 1]}  # by the number of ranks
+WINDOWS = {1: ["--candidates-per-step", 16],  # by the number of ranks: predictions, and a pilot for three steps
+           2: ["--no-predict", "--pilot-samples", 2, "--e-step-every", 3]}
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Four steps without interruption, for 1 and 2 ranks; the second with K = 3, so that windows are resumed, too."""
+    """Four steps without interruption, for 1 and 2 ranks."""
     folders = {ranks: tmp_path_factory.mktemp("straight") / str(ranks) for ranks in (1, 2)}
     for ranks, out in folders.items():
         run_script("raft.py", *SMALL, *WINDOWS[ranks], "--out", out, ranks=ranks)
@@ -284,6 +285,7 @@ def test_the_log_counts_everything(straight, toy):
     for lines in (one, two):
         assert [line["step"] for line in lines if "eval_accuracy" in line] == [0, 2, 4]
         assert all(line["updates"] + line["updates_empty"] == 2 * line["step"] for line in lines)
+        assert all(("predicted_accept_rate" in line) == (lines is one) for line in lines[1:])
         assert lines[-1]["tokens"] > lines[-1]["samples"] and 0 < lines[-1]["accept_rate"] < 1 and lines[-1]["kl"] >= 0
     record = json.loads((straight[1] / "args.json").read_text())
     assert record["flags"]["steps"] == 4 and record["versions"]["torch"] == torch.__version__
@@ -301,8 +303,8 @@ def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
     (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
     (["--data", "gsm8k"], "--data gsm8k: is there to evaluate"),
     (["--model", "missing"], "--model missing: cannot be loaded"),
-    (["--samples-per-prompt", 1], "--samples-per-prompt is below --pilot-samples"),
-    (["--e-step-every", 2], "add --rounds 1"),
+    (["--no-predict", "--pilot-samples", 5], "--samples-per-prompt is below --pilot-samples"),
+    (["--e-step-every", 2], "add --no-predict"),
     (["--prompts-per-step", 100_000], "--prompts-per-step: from"),
     (["--updates-per-step", 40], "--prompts-per-step: from --updates-per-step"),
     (["--max-prompt-tokens", 1], "every prompt is longer"),
@@ -338,6 +340,6 @@ def test_a_checkpoint_of_any_number_of_ranks_is_resumed_by_any_other(straight, t
     for found, expected in zip(read_log(tmp_path / "run"), read_log(straight[1]), strict=True):
         gaps = {name for name in found if name.startswith("sampler_gap")}  # rounding alone
         found, expected = ({name: x for name, x in line.items() if name not in gaps} for line in (found, expected))
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert same_log(found, expected)
     resumed, expected = parameters(tmp_path / "run", 4), parameters(straight[1], 4)
     assert all(torch.allclose(resumed[name], expected[name], atol=2e-4) for name in expected)

@@ -11,9 +11,11 @@ from transformers import AutoConfig
 import raft
 import run
 from data import TOY, Problem
+from gvm import prompt_states
 from model import Policy, distribute, load_model
 from sampler import fill_logprobs
 
+PILOT = ["--no-predict", "--pilot-samples", 2]
 LENGTHS = ["--prompt-tokens", 12, "--response-tokens", 10]
 STEP = ["--prompts-per-step", 4, "--samples-per-prompt", 2, "--updates-per-step", 1, "--trained-share", 1.0]
 
@@ -49,7 +51,7 @@ def test_scoring_takes_the_operations_that_torch_counts(device):
     policy = Policy(load_model(flags(), device)[0])
     with FlopCounterMode(display=False) as counter:
         fill_logprobs(policy, eight_samples(), 100_000, with_norms=True)
-    expected = costs("--gpus", 1, "--pilot-samples", 2)["scoring"][0]  # a budget that is all pilot
+    expected = costs("--gpus", 1, "--no-predict", "--pilot-samples", 2)["scoring"][0]  # a budget that is all pilot
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
 
 
@@ -62,19 +64,28 @@ def test_bytes_by_hand():
     assert costs(*four, "--fsdp")["training"][2] == 3 * 12 * total * 3 / 4  # three micro-batches, one for each update
     assert costs("--gpus", 1)["training"][2] == 0
     assert costs(*four)["weights to the engine"][2] == 0
-    assert costs(*four, "--fsdp", "--rounds", 1)["weights to the engine"][2] == 2 * 4 * total * 3 / 4
+    assert costs(*four, "--fsdp", *PILOT)["weights to the engine"][2] == 2 * 4 * total * 3 / 4
 
 
-def test_rounds_and_pilots_by_hand():
-    five = ["--samples-per-prompt", 5, "--pilot-samples", 2]
+def test_a_prediction_takes_the_operations_that_torch_counts(device):
+    policy, problems = Policy(load_model(flags(), device)[0]), [Problem(i, "", "", prompt_ids=[5] * 12) for i in range(8)]
+    with FlopCounterMode(display=False) as counter:
+        prompt_states(policy, problems, 100_000)
+    one, two = (costs("--gpus", 1, "--candidates-per-step", number)["scoring"][0] for number in (8, 16))
+    assert counter.get_total_flops() == pytest.approx(two - one, rel=0.03)
+
+
+def test_predictions_and_pilots_by_hand():
+    five = ["--samples-per-prompt", 5, *PILOT]
     assert step_cost.draws(flags("--allocator", "uniform")) == (1, 0)
-    assert step_cost.draws(flags("--rounds", 3)) == (4, 0)
-    assert step_cost.draws(flags("--rounds", 1, "--e-step-every", 4, *five)) == (1.25, 8)
-    assert step_cost.scored_share(flags("--rounds", 3, *five)) == pytest.approx((2 + 2) / 5)
-    assert step_cost.scored_share(flags("--rounds", 1, *five)) == pytest.approx(2 / 5)
+    assert step_cost.draws(flags()) == (1, 0)
+    assert step_cost.draws(flags(*five)) == (2, 0)
+    assert step_cost.draws(flags("--e-step-every", 4, *five)) == (1.25, 8)
+    assert step_cost.scored_share(flags()) == 1
+    assert step_cost.scored_share(flags(*five)) == pytest.approx(2 / 5)
     assert step_cost.scored_share(flags("--allocator", "uniform")) == 0
     # A token costs a pilot and the budget the same: with as many of each, a step draws twice as much.
-    one, two = costs("--allocator", "uniform"), costs("--rounds", 1, "--e-step-every", 1000, "--pilot-samples", 2)
+    one, two = costs("--allocator", "uniform"), costs("--e-step-every", 1000, *PILOT)
     assert two["sampling"][0] == pytest.approx(2 * one["sampling"][0])
 
 
