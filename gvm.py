@@ -167,7 +167,7 @@ def predicted_step(batch: list[Problem], step: int, state, source: SampleSource,
     samples = source.draw(batch, counts, step, with_norms=True)
     table = estimate(samples, batch, args.weighting)
     predictor.learn(features, p, table)
-    state.predictor = {name: array.tolist() for name, array in predictor.learnt.items()}  # for JSON
+    state.predictor = predictor.learnt
     served = counts > 0
     metrics = describe_prediction(p[served], table["num_right"][served], counts[served])
     return [batch[i] for i in np.flatnonzero(served)], samples, metrics

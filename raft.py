@@ -116,11 +116,11 @@ MEANS = ("loss", "clip_fraction", "kl", "sampler_gap")  # what an update adds up
 # --- one step --------------------------------------------------------------------------------
 def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[list[Sample]]:
     """The samples to train on in each update, with advantage and loss_weight filled in."""
-    updates = []
-    for ids in np.array_split([problem.id for problem in problems], args.updates_per_step):
-        part = [sample for sample in samples if sample.problem in ids]
+    updates, ids = [], [problem.id for problem in problems]
+    for chosen in map(set, np.array_split(ids, args.updates_per_step)):
+        part = [sample for sample in samples if sample.problem in chosen]
         advantages, used = OBJECTIVES[args.objective](part, args)
-        weights = loss_weights(part, used, len(ids), args.weighting)
+        weights = loss_weights(part, used, len(chosen), args.weighting)
         for sample, advantage, weight in zip(part, advantages, weights):
             sample.advantage, sample.loss_weight = advantage, weight
         # Without an advantage the loss has no gradient; the KL has one.

@@ -195,7 +195,7 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     saved: int = -1  # the step of the newest checkpoint
     plan: dict | None = None  # of the E-step, where one serves several steps
-    predictor: dict = field(default_factory=dict)  # what gvm.py's has learnt so far
+    predictor: dict = field(default_factory=dict)  # what allocator.Predictor has learnt: arrays
     problems: dict[str, str] = field(default_factory=dict)  # by name of the data: their digest
     last_solved: int = 0  # the last step that had a right sample
     not_finite: int = 0  # updates in a row, until now, whose gradient was not finite
@@ -242,7 +242,7 @@ def append_rows(path: Path, rows: list[dict]) -> int:
 def write_json(path: Path, content: dict) -> None:
     """Write a file beside its place and rename it: it is there whole, or as it was before."""
     aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(content, indent=1, allow_nan=False))
+    aside.write_text(json.dumps(content, indent=1, allow_nan=False, default=list))  # arrays, too
     aside.rename(path)
 
 

@@ -1,6 +1,6 @@
 """How good the gradient estimates of raft.py and grpo.py are, with each allocator, at the same number of samples.
 
-    python tests/bench_variance.py                 # the toy at the start of training; a quarter of an hour
+    python tests/bench_variance.py                 # the toy at the start of training; over half an hour
     python tests/bench_variance.py --alpha 0.1     # with flags of raft.py and grpo.py
 
 Measured, not predicted: for each estimator and each way to spend 8 samples a prompt (pilot included, unsolved prompts
@@ -269,19 +269,19 @@ def left_out(pool: Pool) -> None:
     """
     generator, exact = np.random.default_rng(1), pool.exact(np.arange(PROBLEMS), "reward, loo")
     args = flags(*ESTIMATORS["reward, loo"])
-    known = reward_weights(pool.rates(np.arange(PROBLEMS)), *np.ones((2, PROBLEMS)))
-    chosen = {f"p {how}: {(counts > 0).sum()} served, up to {counts.max()}": lambda counts=counts: counts
-              for how, weights in (("known", known), ("predicted", pool.foretold["reward"]))
-              for counts in [allocate_or_leave(weights, 64, 2)]}
 
     def spread(prompts: int) -> np.ndarray:
         counts = np.zeros(PROBLEMS, dtype=int)
         counts[generator.choice(PROBLEMS, prompts, replace=False)] = 64 // prompts
         return counts
 
-    ways = {f"{m} at random x {64 // m}": lambda m=m: spread(m) for m in (8, 16, 32)}
+    ways = {f"{m} at random x {64 // m}": partial(spread, m) for m in (8, 16, 32)}
+    known = reward_weights(pool.rates(np.arange(PROBLEMS)), *np.ones((2, PROBLEMS)))
+    for how, weights in (("known", known), ("predicted", pool.foretold["reward"])):
+        counts = allocate_or_leave(weights, 64, 2)
+        ways[f"p {how}: {(counts > 0).sum()} served, up to {counts.max()}"] = counts.copy  # the same each time
     print("\n64 samples for 64 prompts          cosine of the mean    signal")
-    for name, counts_of in (ways | chosen).items():
+    for name, counts_of in ways.items():
         found = np.zeros((4 * ESTIMATES, SKETCH))
         for row in found:
             counts = counts_of()

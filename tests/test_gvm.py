@@ -104,7 +104,7 @@ def run_steps(tools, problems, words, steps):
         batch, samples, metrics = draw_step(problems, step, state, SampleSource(*tools, args), args)
         if not args.predict or args.allocator == "uniform":
             assert batch == problems_of_step(problems, step, args)
-        state.plan, state.predictor = json.loads(json.dumps([state.plan, state.predictor]))  # as through a checkpoint
+        state.plan, state.predictor = json.loads(json.dumps([state.plan, state.predictor], default=list))  # as through a checkpoint
         assert len({(s.problem, s.index) for s in samples}) == len(samples)
         results.append((samples, metrics, state.plan))
     return results
@@ -148,12 +148,12 @@ def test_a_predicted_step_serves_some_of_its_candidates_and_learns(tools, proble
     words = ["--objective", objective, "--candidates-per-step", 32, "--samples-per-prompt", 2]
     args, state, predicted = flags("--prompts-per-step", 8, *words, add_flags=grpo.add_flags), RunState(), []
     for step in range(1, 7):
-        before = json.dumps(state.predictor)
+        before = json.dumps(state.predictor, default=list)
         with pytest.raises(Stopped):
             draw_step(problems, step, state, SampleSource(*tools, args, Stop()), args)
-        assert json.dumps(state.predictor) == before  # a step that is given up teaches nothing
+        assert json.dumps(state.predictor, default=list) == before  # a step that is given up teaches nothing
         batch, samples, metrics = draw_step(problems, step, state, SampleSource(*tools, args), args)
-        state.predictor = json.loads(json.dumps(state.predictor))  # as through a checkpoint
+        state.predictor = json.loads(json.dumps(state.predictor, default=list))  # as through a checkpoint
         candidates = problems_of_step(problems, step, args)
         assert len(candidates) == 32 and len(batch) <= 16 and len(samples) == metrics["samples"] == 16
         assert [p for p in candidates if p in batch] == batch  # in their order
