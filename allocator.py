@@ -17,9 +17,8 @@ is Proposition 1:
 
     n_i = N w_i / sum_j w_j,        w_i = sqrt(c_i) = G_i / sqrt(p_i + alpha / p_i^(beta - 1)).
 
-Added here: `allocate` finds the whole numbers that minimise sum_i w_i^2 / n_i. `reward_weights`
-is for GRPO. `Predictor` learns to tell p and G before a prompt is sampled, and
-`allocate_or_leave` then spends the budget on the best of many prompts.
+Added here: `allocate` finds the best whole numbers. `reward_weights` is for GRPO. `Predictor` tells
+p and G before a prompt is sampled; `allocate_or_leave` then serves the best of many prompts.
 """
 
 import heapq
@@ -27,8 +26,6 @@ import math
 import operator
 
 import numpy as np
-
-LEFT_OUT = 4.0  # what it costs to leave a prompt out, in w^2: see allocate_or_leave
 
 
 def summarise_samples(prompts, is_right, lengths, norms, num_prompts: int) -> dict:
@@ -39,8 +36,7 @@ def summarise_samples(prompts, is_right, lengths, norms, num_prompts: int) -> di
     0 without any, as in the derivation (Algorithm 2 writes the mean).
     """
 
-    def total(values: np.ndarray) -> np.ndarray:
-        """The sum over each prompt's samples: (samples,) to (num_prompts,)."""
+    def total(values: np.ndarray) -> np.ndarray:  # (samples,) to (num_prompts,)
         return np.bincount(prompts, values, minlength=num_prompts)
 
     num_drawn, num_right = total(np.ones(len(prompts))), total(is_right)
@@ -84,8 +80,7 @@ def reward_weights(accept_rates, norm_right, norm_wrong) -> np.ndarray:
     >= 0; (prompts,) each. Raises ValueError naming the argument.
     """
     p, norm_right, norm_wrong = _check_vectors(
-        accept_rates=accept_rates, norm_right=norm_right, norm_wrong=norm_wrong
-    )
+        accept_rates=accept_rates, norm_right=norm_right, norm_wrong=norm_wrong)
     q = 1 - p
     return np.sqrt(p * q * (q * norm_right**2 + p * norm_wrong**2))
 
@@ -135,21 +130,21 @@ def allocate(weights, budget, min_samples=0, prices=None) -> np.ndarray:
     return np.array(counts, dtype=np.int64)
 
 
-def allocate_or_leave(weights, budget: int, smallest: int) -> np.ndarray:
+def allocate_or_leave(weights, budget: int, smallest: int, left_out: float = 4.0) -> np.ndarray:
     """Counts n_i, (prompts,), each 0 or at least `smallest`: some prompts are left out.
 
     smallest = 2 is for a group baseline, where one sample serves the others and says nothing by
-    itself: the variance is w^2 / (n - 1). Without one it is w^2 / n, and smallest = 1. To be left
-    out is no infinite variance, but signal that is missing. Progress goes with S^2 / V, S = sum_i
+    itself: the variance is w^2 / (n - 1). Without one it is w^2 / n, and smallest = 1. If n = 0,
+    signal is missing, at a cost of left_out > 1 times w^2. Progress goes as S^2 / V, S = sum_i
     s_i being the signal, V the variance: to lose s_i hurts like a variance of 2 V s_i / S. With a
     baseline s_i ~ w_i^2, as both have a factor p q, and V = (1 + rho) sum_i w_i^2 if all have
     `smallest` samples; rho: variance between prompts over that within. This makes it 2 (1 + rho)
-    w_i^2. LEFT_OUT takes rho for 1, and serves RAFT as well. Bought is, again and again, what
+    w_i^2. The default takes rho for 1, and serves RAFT as well. Bought is, again and again, what
     lowers the sum most for each sample: optimal for smallest = 1, nearly so for 2.
     """
     counts, left = np.zeros(len(weights), dtype=np.int64), operator.index(budget)
     weights = _check_vectors(weights=weights)[0].tolist()
-    first = math.sqrt((LEFT_OUT - 1) / smallest)
+    first = math.sqrt((left_out - 1) / smallest)
     heap = [(-first * w, 0, i) for i, w in enumerate(weights)]  # -sqrt(gain for each sample), n, i
     heapq.heapify(heap)
     while heap and left > 0:
@@ -195,12 +190,20 @@ def regress(belief, features, targets, num_drawn, is_share: bool) -> tuple:
     """
     mean, precision = belief
     prior = FORGET * precision + (1 - FORGET) * RIDGE * np.eye(len(mean))
-    for _ in range(4):  # Newton's steps to the likeliest c; they may overshoot one that is far off
+
+    def loss(c) -> float:  # of shares: -ln of how likely c is, but for a constant
+        x, change = features @ c, c - belief[0]
+        return num_drawn @ (np.logaddexp(0, x) - targets * x) + change @ prior @ change / 2
+
+    for _ in range(4):  # Newton's steps to the likeliest c
         expected = logistic(features @ mean) if is_share else features @ mean
         slope = expected * (1 - expected) if is_share else 1.0
         gradient = features.T @ (num_drawn * (targets - expected)) - prior @ (mean - belief[0])
         precision = (features.T * (num_drawn * slope)) @ features + prior
-        mean = mean + np.linalg.solve(precision, gradient)
+        step = np.linalg.solve(precision, gradient)
+        while is_share and loss(mean + step) > loss(mean) + 1e-6:  # it went too far
+            step = step / 2
+        mean = mean + step
     return mean, precision
 
 
@@ -272,27 +275,24 @@ def _check_vectors(**named) -> list[np.ndarray]:
     vectors = {name: np.asarray(values, dtype=np.float64) for name, values in named.items()}
     shape = next(iter(vectors.values())).shape
     for name, vector in vectors.items():
-        if vector.ndim != 1 or vector.shape != shape:
-            raise ValueError(f"{name} must be (prompts,), as the others; got shape {vector.shape}")
-        if not np.isfinite(vector).all() or (vector < 0).any():
-            raise ValueError(f"{name} must be finite and not negative, got {vector}")
+        if vector.ndim != 1 or vector.shape != shape or not (0 <= vector).all() or np.inf in vector:
+            raise ValueError(f"{name} must be (prompts,), finite and not negative, got {vector}")
         if name == "accept_rates" and (vector > 1).any():
             raise ValueError(f"accept_rates must lie in [0, 1], found {vector.max()}")
     return list(vectors.values())
 
 
 def main() -> None:
-    """Print both allocations of 64 samples over eight prompts, and each one's variance."""
+    """Print how GVM spreads 64 samples over eight prompts, and the variance with 8 of each."""
     p = np.array([1.0, 0.9, 0.6, 0.3, 0.1, 0.05, 0.01, 0.0])
     G = np.array([0.2, 0.5, 1.0, 1.2, 1.4, 1.5, 1.5, 0.0])
-    uniform, gvm = np.full(8, 8), allocate(gvm_weights(p, G), budget=64)
-    print("acceptance  gradient     samples")
-    print("   rate p    norm G   uniform  GVM")
-    for row in zip(p, G, uniform, gvm):
-        print("{:9.2f}  {:8.2f}  {:8d}  {:3d}".format(*row))
+    gvm = allocate(gvm_weights(p, G), budget=64)
+    print("  p     G    n")
+    for row in zip(p, G, gvm):
+        print("{:.2f}  {:.2f}  {:2d}".format(*row))
     c = np.divide(G**2, p, out=np.zeros(8), where=p > 0)
-    bounds = estimator_variance(uniform, c), estimator_variance(gvm, c)
-    print("variance bound: {:.1f} with uniform counts, {:.1f} with GVM's".format(*bounds))
+    uniform_bound, bound = estimator_variance(np.full(8, 8), c), estimator_variance(gvm, c)
+    print(f"variance bound: {uniform_bound:.1f} with 8 samples of each, {bound:.1f} with these n")
 
 
 if __name__ == "__main__":

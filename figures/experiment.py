@@ -40,7 +40,7 @@ METHODS = {  # (flags, what takes the place of gvm.draw_step)
     "rounds": ([], methods.rounds),
     "predicted": ([], None),
     "wider pool": ([], None),  # and four times as many candidates: see flags
-    "oracle": ([], methods.oracle),
+    "oracle": ([], methods.oracle),  # likewise
     # Its pilot is not counted here either, and it makes more updates; the other has as many, and nothing else of it.
     "released": (["--allocator", "gvm", "--no-predict", "--alpha", 0.001, "--weighting", "token",
                   "--pilot-samples", 8, "--e-step-every", 9, "--updates-per-step", 8], None),
@@ -53,7 +53,7 @@ SHOWN = {  # in the figure
     "rounds": ("GVM with rounds", {"color": "grey", "linestyle": "-", "marker": "v", "markersize": 4}),
     "wider pool": ("GVM, p predicted", {"color": "black", "linestyle": "-", "marker": "D", "markersize": 4}),
 }
-NOT_TUNED = {"oracle": "rounds", "released": "uniform", "uniform, 8 updates": "uniform"}  # whose setting they have
+NOT_TUNED = {"oracle": "wider pool", "released": "uniform", "uniform, 8 updates": "uniform"}  # whose setting they have
 RATES = (1.5e-4, 3e-4, 6e-4)
 MIDDLE_SPLIT, SPLITS = (16, 4), ((8, 8), (32, 2))  # prompts, samples of each
 TUNING_SEEDS, STEPS, EVAL_EVERY = (100, 101), 120, 20
@@ -67,7 +67,8 @@ KEY = ("stage", "objective", "method", "mix", "rate", "prompts", "samples", "see
 def flags(spec: dict, out: Path, steps: int, eval_samples: int) -> list[str]:
     """The command line of a run, for raft.py or grpo.py."""
     more = {"published": ["--pilot-samples", spec["samples"] // 2],
-            "wider pool": ["--candidates-per-step", 4 * spec["prompts"]]}.get(spec["method"], [])
+            "wider pool": ["--candidates-per-step", 4 * spec["prompts"]],
+            "oracle": ["--candidates-per-step", 4 * spec["prompts"]]}.get(spec["method"], [])
     words = ["--data", ROOT / "tests" / "toy" / MIXES[spec["mix"]], "--prompts-per-step", spec["prompts"],
              "--samples-per-prompt", spec["samples"], "--updates-per-step", 1, "--lr", spec["rate"], "--steps", steps,
              "--eval-every", EVAL_EVERY, "--eval-samples", eval_samples, "--save-every", steps, "--seed", spec["seed"],

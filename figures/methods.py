@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 import gvm
-from allocator import LOG_P, LOG_Q, allocate
+from allocator import LOG_P, LOG_Q, allocate, allocate_or_leave
 
 
 def mixed_only(problems, step, state, source, args) -> tuple:
@@ -26,12 +26,15 @@ def shrunk_weights(table: dict, args) -> np.ndarray:
 
 
 def oracle(problems, step, state, source, args) -> tuple:
-    """The ceiling: p and G of the step's prompts from 64 more samples of each, which are neither counted nor used."""
+    """The ceiling of prediction: p and G of all candidates from 2048 more samples, which are neither counted nor used."""
     batch = gvm.problems_of_step(problems, step, args)
-    known = source.draw(batch, np.full(len(batch), 64), step, first_index=1000, with_norms=True)
+    known = source.draw(batch, np.full(len(batch), 2048 // len(batch)), step, first_index=1000, with_norms=True)
     weights = shrunk_weights(gvm.estimate(known, batch, args.weighting), args)
-    samples = source.draw(batch, allocate(weights, args.samples_per_prompt * len(batch)), step)
-    return batch, samples, gvm.describe(batch, samples, [])
+    counts = allocate_or_leave(weights, args.prompts_per_step * args.samples_per_prompt,
+                               smallest=1 if args.objective == "raft" else 2)
+    samples = source.draw(batch, counts, step)
+    served = [batch[i] for i in np.flatnonzero(counts)]
+    return served, samples, gvm.describe(served, samples, [])
 
 
 def rounds(problems, step, state, source, args) -> tuple:

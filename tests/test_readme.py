@@ -86,10 +86,10 @@ def test_the_table_of_eight_prompts_is_what_allocator_py_prints():
     done = subprocess.run([sys.executable, "allocator.py"], cwd=ROOT, capture_output=True, text=True)
     printed = [line.split() for line in done.stdout.splitlines() if re.fullmatch(r"[\d. ]+", line)]
     text = (ROOT / "README.md").read_text()
-    for name, column in (("p", 0), ("G", 1), ("n", 3)):
+    for name, column in (("p", 0), ("G", 1), ("n", 2)):
         cells = re.search(rf"^\| `{name}` \| (.*) \|$", text, re.MULTILINE)[1].split(" | ")
         assert [float(cell) for cell in cells] == [float(row[column]) for row in printed]
-    assert "37.0 with uniform counts, 19.0 with GVM's" in done.stdout
+    assert "37.0 with 8 samples of each, 19.0 with these n" in done.stdout
     assert "falls from 37, with 8 for each, to 19" in text
 
 
