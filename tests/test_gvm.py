@@ -222,11 +222,12 @@ def test_a_plan_may_hold_a_problem_twice(tools, problems):
 def test_flags_that_do_not_go_together_are_refused_and_an_allocator_that_does_not_fit_warned_of(device, capsys):
     pilot = ["--no-predict", "--samples-per-prompt", 4, "--pilot-samples"]
     for words in ([], ["--candidates-per-step", 64], [*pilot, 4], [*pilot, 8, "--e-step-every", 10],
-                  [*pilot, 5, "--allocator", "uniform"], ["--allocator", "uniform"]):
+                  ["--allocator", "uniform"]):
         check_budget(flags(*words), "raft")
     for words, complaint in ([[*pilot, 5], "--samples-per-prompt is below --pilot-samples"],
                              [["--pilot-samples", 2], "add --no-predict"], [["--e-step-every", 2], "add --no-predict"],
                              [["--cost", "tokens"], "add --no-predict"], [["--no-predict"], "add --pilot-samples"],
+                             [[*pilot, 2, "--allocator", "uniform"], "no --allocator uniform"],
                              [[*pilot, 2, "--candidates-per-step", 64], "--candidates-per-step: "],
                              [["--allocator", "uniform", "--candidates-per-step", 64], "--candidates-per-step: "]):
         with pytest.raises(InputError, match=complaint):
