@@ -200,6 +200,12 @@ def crossing(curves: np.ndarray, column: int, accuracy: float) -> float:
     return np.inf
 
 
+def costs(curves: np.ndarray, column: int, unit: int) -> str:
+    """What it costs to reach 0.60, and 0.62."""
+    found = [crossing(curves, column, accuracy) for accuracy in (0.60, 0.62)]
+    return ", ".join("never" if cost == np.inf else f"{cost / unit:.0f}" for cost in found)
+
+
 def speedup(curves: np.ndarray, uniform: np.ndarray, column: int, draws: int = 2000) -> str:
     """Uniform's cost to its final accuracy over this method's cost to the same; bootstrap interval over seeds."""
     def ratio(rows) -> float:
@@ -229,8 +235,8 @@ def reported(records: list[dict]) -> dict[tuple, dict[int, dict]]:
 
 def table(records: list[dict]) -> str:
     """Markdown: every method, at its best setting, against uniform with the same seeds."""
-    names = ("objective", "mix", "method", "rate, split", "samples to 0.60, 0.62", "final accuracy", "against uniform's",
-             "speed in samples", "in tokens")
+    names = ("objective", "mix", "method", "rate, split", "samples to 0.60, 0.62", "thousand tokens", "final accuracy",
+             "against uniform's", "speed in samples", "in tokens")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     groups = reported(records)
     for (objective, mix, method), runs in sorted(groups.items(), key=lambda item: item[0][:2]):
@@ -242,9 +248,8 @@ def table(records: list[dict]) -> str:
         first = runs[seeds[0]]
         setting = f"{first['rate']:g}, {first['prompts']} x {first['samples']}"
         ends, uniform_ends = curves[:, -1, -1], uniform[:, -1, -1]
-        costs = [crossing(curves, 1, accuracy) for accuracy in (0.60, 0.62)]
-        costs = ", ".join("never" if cost == np.inf else f"{cost:.0f}" for cost in costs)
-        cells = [objective, mix, f"{method}, {len(seeds)} seeds", setting, costs, f"{ends.mean():.3f}"]
+        cells = [objective, mix, f"{method}, {len(seeds)} seeds", setting, costs(curves, 1, 1), costs(curves, 2, 1000),
+                 f"{ends.mean():.3f}"]
         if method != "uniform":
             cells += [interval(ends - uniform_ends), speedup(curves, uniform, 1), speedup(curves, uniform, 2)]
         lines.append("| " + " | ".join(cells + [""] * (len(names) - len(cells))) + " |")

@@ -39,6 +39,7 @@ def test_crossings_and_speed_by_hand():
     fast = np.array([[[0, 0, 0, 0, 0.4], [1, 100, 0, 0, 0.6], [2, 200, 0, 0, 0.7]]] * 3)
     assert experiment.crossing(slow, 1, 0.55) == pytest.approx(150)
     assert experiment.crossing(slow, 1, 0.9) == np.inf
+    assert experiment.costs(slow, 1, 10) == "20, never"
     assert experiment.speedup(fast, slow, 1) == "2.00 (2.00 to 2.00)"
     assert experiment.interval(np.array([0.1, 0.2, 0.3])) == "+0.200 ± 0.248"
 
