@@ -276,7 +276,7 @@ def _check_vectors(**named) -> list[np.ndarray]:
     shape = next(iter(vectors.values())).shape
     for name, vector in vectors.items():
         if vector.ndim != 1 or vector.shape != shape or not (0 <= vector).all() or np.inf in vector:
-            raise ValueError(f"{name} must be (prompts,), finite and not negative, got {vector}")
+            raise ValueError(f"{name} must be (prompts,) like others, finite, >= 0; got {vector}")
         if name == "accept_rates" and (vector > 1).any():
             raise ValueError(f"accept_rates must lie in [0, 1], found {vector.max()}")
     return list(vectors.values())

@@ -70,7 +70,7 @@ def check_budget(args: argparse.Namespace, objective: str | None = None) -> None
     """InputError for flags that do not go together; warns of a rule that misfits."""
     wants_pilot = args.pilot_samples or args.e_step_every > 1 or args.cost != "samples"
     predicts = args.predict and args.allocator != "uniform"
-    if wants_pilot and (predicts or args.allocator == "uniform"):
+    if wants_pilot and (args.predict or args.allocator == "uniform"):
         raise InputError("--pilot-samples, --e-step-every, --cost: need a pilot; add --no-predict, "
                          "and no --allocator uniform")
     if args.candidates_per_step is not None and not predicts:

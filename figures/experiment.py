@@ -1,7 +1,8 @@
 """Where does allocation pay? Methods compared at equal samples, updates and evaluations, each with its own best flags.
 
     python figures/experiment.py run --minutes 60 --jobs 2      # what is missing in experiment.jsonl; again any time
-    python figures/experiment.py table                          # README's table, from experiment.jsonl
+    python figures/experiment.py table                          # README's table, from experiment.jsonl; all with the
+                                                                # seeds that the oracle has: --seeds 5
     python figures/experiment.py figure                         # README's figure, likewise
 
 A step draws 64 samples and makes one update. For every method by itself, in the mix `usual` and on seeds that are
@@ -66,9 +67,8 @@ KEY = ("stage", "objective", "method", "mix", "rate", "prompts", "samples", "see
 
 def flags(spec: dict, out: Path, steps: int, eval_samples: int) -> list[str]:
     """The command line of a run, for raft.py or grpo.py."""
-    more = {"published": ["--pilot-samples", spec["samples"] // 2],
-            "wider pool": ["--candidates-per-step", 4 * spec["prompts"]],
-            "oracle": ["--candidates-per-step", 4 * spec["prompts"]]}.get(spec["method"], [])
+    pilot, wider = ["--pilot-samples", spec["samples"] // 2], ["--candidates-per-step", 4 * spec["prompts"]]
+    more = {"published": pilot, "wider pool": wider, "oracle": wider}.get(spec["method"], [])
     words = ["--data", ROOT / "tests" / "toy" / MIXES[spec["mix"]], "--prompts-per-step", spec["prompts"],
              "--samples-per-prompt", spec["samples"], "--updates-per-step", 1, "--lr", spec["rate"], "--steps", steps,
              "--eval-every", EVAL_EVERY, "--eval-samples", eval_samples, "--save-every", steps, "--seed", spec["seed"],
@@ -233,15 +233,15 @@ def reported(records: list[dict]) -> dict[tuple, dict[int, dict]]:
     return groups
 
 
-def table(records: list[dict]) -> str:
-    """Markdown: every method, at its best setting, against uniform with the same seeds."""
+def table(records: list[dict], most_seeds: int = 10) -> str:
+    """Markdown: every method, at its best setting, against uniform with the same seeds, the first `most_seeds`."""
     names = ("objective", "mix", "method", "rate, split", "samples to 0.60, 0.62", "thousand tokens", "final accuracy",
              "against uniform's", "speed in samples", "in tokens")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     groups = reported(records)
     for (objective, mix, method), runs in sorted(groups.items(), key=lambda item: item[0][:2]):
         others = groups.get((objective, mix, "uniform"), {})
-        seeds = sorted(runs.keys() & others.keys())
+        seeds = sorted(runs.keys() & others.keys())[:most_seeds]
         if len(seeds) < 2:
             continue
         curves, uniform = (np.array([group[seed]["curve"] for seed in seeds]) for group in (runs, others))
@@ -301,6 +301,7 @@ def main() -> None:
     add("what", choices=("run", "where", "table", "figure"))
     add("--minutes", type=float, default=60.0, help="no run is begun after them")
     add("--jobs", type=int, default=2, help="runs at a time, one core each")
+    add("--seeds", type=int, default=10, help="in the table, the first of each method's, at most")
     add("--records", type=Path, default=RECORDS, help="where runs are kept")
     add("--objectives", nargs="+", choices=("raft", "grpo"), default=("raft", "grpo"))
     add("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
@@ -323,7 +324,7 @@ def main() -> None:
     if args.what == "figure":
         figure(read(args.records), RECORDS.with_suffix(".png"))
     else:
-        print(table(read(args.records)))
+        print(table(read(args.records), args.seeds))
 
 
 if __name__ == "__main__":

@@ -60,3 +60,14 @@ def test_the_readme_has_the_table_of_the_records():
     interval = "95 % interval " + samples.split(" (")[1].rstrip(")")
     assert f"with {samples.split()[0]} times fewer samples" in readme and interval in readme
     assert f"and {tokens.split()[0]} times fewer *tokens*" in readme
+    readme = " ".join(readme.split())  # sentences run over lines
+    rows = [line.strip("| ").split(" | ") for line in experiment.table(records, most_seeds=5).splitlines()[2:]]
+    five = {(row[0], row[2].removesuffix(", 5 seeds")): row for row in rows if row[1] == "usual"}  # the oracle's seeds
+    known, found, even = (five["raft", method] for method in ("oracle", "wider pool", "uniform"))
+    to_60 = [row[4].split(",")[0] for row in (known, found, even)]
+    assert "after {} samples with the *oracle*, {} with predictions and {} with *uniform*".format(*to_60) in readme
+    assert f"{known[8]} on five of the pairs, where prediction has {found[8].split()[0]}." in readme
+    assert f"speed with predictions is {found[8]}, against {known[8].split()[0]}." in readme
+    known, found = five["grpo", "oracle"], five["grpo", "wider pool"]
+    assert f"falls behind later: {found[6]} at the end, against {known[6]}" in readme
+    assert known[8].split()[0] == found[8].split()[0] and f"{found[8].split()[0]} times sooner" in readme
