@@ -1,28 +1,24 @@
-"""Problems and answers: loading, the one prompt template, and grading by mathematical equivalence.
+"""Problems and samples: loading what real files hold, and the one prompt template.
 
     problems = load_problems("train.jsonl")           # or a hub data set: "openai/gsm8k:main"
     prompt_ids = encode_prompt(tokenizer, problems[0])
-    with Grader(workers=2) as grader:
-        [(score, failed)] = grader(["... so it is \\boxed{18}"], [problems[0].answer])
 """
 
+import argparse
 import hashlib
 import json
-import logging
-import os
 import re
-import signal
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
-from multiprocessing import connection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from subprocess import PIPE, Popen
 
 import numpy as np
 
+from answers import extract_boxed, reference_answer
+from run import InputError, gather, on_every_rank, print0
+
 TOY = Path(__file__).resolve().parent / "tests" / "toy"  # the model and problems used by default
+
+# The question is in the first of these columns that the data has, and so is the answer.
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "reference_answer", "solution")
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -33,34 +29,39 @@ BENCHMARKS = {  # hub data set:config:split
     "amc23": "math-ai/amc23::test",
     "gsm8k": "openai/gsm8k:main:test",
 }
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # "\\ud800" in JSON, which cannot be encoded
+
+# The prompt, as published.
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
-HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # "\\ud800" in JSON, which cannot be encoded
-BETWEEN_BOXES = re.compile(r"(?:[\s,;$~{}]|and\b|or\b|\\(?:text|mathrm|q?quad|[,;:! \\()\[\]]))*")
-PLAIN_TEMPLATE = "{{ bos_token }}{{ messages[0]['content'] }}\n\n"  # for base models
-PLAIN_TEMPLATE += "Problem: {{ messages[1]['content'] }}\n\nSolution:"
+PLAIN_TEMPLATE = (  # for base models, whose tokenizer has no chat template
+    "{{ bos_token }}{{ messages[0]['content'] }}\n\n"
+    "Problem: {{ messages[1]['content'] }}\n\nSolution:"
+)
 
 
-class InputError(Exception):
-    """Bad input from the user: one line that names the flag or file and the remedy."""
-
-
-class RunError(Exception):
-    """The run cannot go on, through no fault of its input: one line; checkpoints are kept."""
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """What is trained on."""
+    add = parser.add_argument_group("problems").add_argument
+    add("--data", default=str(TOY / "train.jsonl"),
+        help="a .jsonl, .json or .parquet file, or a hub data set name[:config]; or several: a,b")
+    add("--split", default="train", help="split of --data, if it is a hub data set that names none")
 
 
 @dataclass(frozen=True)
 class Problem:
     """One problem of a data set. `id` is its row, from 0; samples, seeds and groups refer to it."""
+
     id: int
     question: str
     answer: str  # the reference, reduced to what belongs in the box: "18", "\\frac{1}{2}"
-    prompt_ids: list[int] | None = None  # filled in by sampler.load_prompts
+    prompt_ids: list[int] | None = None  # filled in by load_prompts
 
 
 @dataclass
 class Sample:
     """One response to one problem, and what training needs to know of it."""
+
     problem: int  # Problem.id
     index: int  # among the samples of this problem, from 0
     prompt_ids: list[int]
@@ -69,10 +70,12 @@ class Sample:
     text: str = ""  # the response, for people; training takes the token ids
     reward: float = 0.0  # by the grader: 1.0 if right
     grader_failed: bool = False  # hung or crashed the grader: counted as wrong
+
     # Log-probs of the response's tokens, float32 (response,); None where not computed.
     sampler_logprobs: np.ndarray | None = None  # by the sampler, when it drew them
     old_logprobs: np.ndarray | None = None  # by the policy before the step's updates
     ref_logprobs: np.ndarray | None = None  # by the reference of the KL penalty
+
     head_grad_norm: float = 0.0  # of the gradient of -ln pi with respect to the output head
     advantage: float = 0.0  # A in the losses of raft.py
     loss_weight: float = 0.0  # w_j in the losses of raft.py
@@ -83,11 +86,21 @@ class Sample:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
+def sample_rows(samples: list[Sample], problems: list[Problem]) -> list[dict]:
+    """What is kept of each sample, as a JSON object."""
+    references = {problem.id: problem.answer for problem in problems}
+    return [{
+        "problem": s.problem, "index": s.index, "response": s.text, "tokens": len(s.response_ids),
+        "answer": extract_boxed(s.text), "reference": references[s.problem], "score": s.reward,
+        "grader_failed": s.grader_failed, "finish_reason": "stop" if s.finished else "length",
+    } for s in samples]
+
+
+# --- loading ---------------------------------------------------------------------------------
 def load_problems(spec: str, split: str = "train", limit: int | None = None) -> list[Problem]:
     """Problems of a benchmark (by name), a local file, or a hub data set name[:config[:split]].
 
-    split: for hub data sets that name none. limit: keep the first rows only. The question is the
-    first of QUESTION_COLUMNS that the data has, the answer the first of ANSWER_COLUMNS, reduced by
+    split: for hub data sets that name none. limit: keep the first rows only. Answers are reduced by
     `reference_answer`. Raises InputError naming the file, the row (from 1) and the columns found.
     """
     rows = read_rows(Path(spec)) if spec.endswith(LOCAL_SUFFIXES) else _read_hub(spec, split)
@@ -112,12 +125,6 @@ def load_problems(spec: str, split: str = "train", limit: int | None = None) -> 
     return problems
 
 
-def digest_problems(problems: list[Problem]) -> str:
-    """16 hex digits that change with any id, question or answer, so that a changed file is seen."""
-    rows = [(problem.id, problem.question, problem.answer) for problem in problems]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-
 def read_rows(path: Path) -> list:
     """The rows of a local .jsonl, .json or .parquet file; InputError names the file and line."""
     try:
@@ -129,14 +136,19 @@ def read_rows(path: Path) -> list:
     except (OSError, ValueError) as error:  # pyarrow's errors are among them
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{path}: {reason.splitlines()[0].lower()}") from error
-    rows = []
-    for number, part in enumerate([text] if path.suffix == ".json" else text.split("\n"), start=1):
-        try:
-            rows += [json.loads(part)] if part.strip() else []
-        except (ValueError, RecursionError) as error:  # also 5,000 digits, or a thousand brackets
-            line, reason = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
-            raise InputError(f"{path}: line {line} is not readable JSON ({reason})") from error
-    return rows[0] if path.suffix == ".json" and isinstance((rows or [{}])[0], list) else rows
+    if path.suffix == ".json":
+        rows = _parse_json(text, path, first_line=1) if text.strip() else []
+        return rows if isinstance(rows, list) else [rows]
+    lines = enumerate(text.split("\n"), start=1)
+    return [_parse_json(line, path, first_line=i) for i, line in lines if line.strip()]
+
+
+def _parse_json(text: str, path: Path, first_line: int):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also 5,000 digits, or a thousand brackets
+        line, reason = first_line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
+        raise InputError(f"{path}: line {line} is not readable JSON ({reason})") from error
 
 
 def _read_hub(spec: str, split: str) -> list:
@@ -152,27 +164,7 @@ def _read_hub(spec: str, split: str) -> list:
                          ) from error
 
 
-def reference_answer(value) -> str:
-    """What belongs in the box, from what real files hold; "" if there is nothing.
-
-    `... #### 1,234` (GSM8K) -> "1234"; a solution -> the content of its last box; 27.0 or "27.0"
-    (AMC) -> "27"; "$x$, $y$" -> "x, y"; ["$2$", "$3$"] (OlympiadBench) -> "2, 3".
-    """
-    if isinstance(value, (list, tuple)):
-        return ", ".join(filter(None, map(reference_answer, value)))
-    if value is None or value != value or isinstance(value, (dict, bytes)):
-        return ""  # NaN, the only value that differs from itself, is a missing one
-    if isinstance(value, float):
-        value = np.format_float_positional(value, trim="-")  # not 1e+16
-    text = str(value).strip()
-    if "####" in text:
-        return text.rpartition("####")[2].strip().replace(",", "").removeprefix("$")
-    if (boxed := extract_boxed(text)) is not None:
-        return boxed
-    text = re.sub(r"(?<!\\)\$", "", text).strip()  # dollars around math, not \$
-    return re.sub(r"^([-+]?\d+)\.0+$", r"\1", text)
-
-
+# --- prompts ---------------------------------------------------------------------------------
 def encode_prompt(tokenizer, problem: Problem) -> list[int]:
     """Token ids of the prompt, by the tokenizer's chat template or, without one, PLAIN_TEMPLATE."""
     question = f"{problem.question}\n{INSTRUCTION}"
@@ -190,108 +182,42 @@ def encode_prompt(tokenizer, problem: Problem) -> list[int]:
                      "or delete it there: base models do without one")
 
 
-def extract_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}`; None if there is none or it never closes.
-
-    Boxes with nothing but "and", "or", commas and spaces between them are one: "2, 3".
-    """
-    contents = []
-    for part in reversed(text.split("\\boxed{")[1:]):
-        depth = 1
-        for token in re.finditer(r"\\.|[{}]", part, re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(token.group(), 0)  # `\{`, a printed brace, does not nest
-            if depth == 0:
-                break
-        if depth or (contents and not BETWEEN_BOXES.fullmatch(part, token.end())):
-            break
-        contents.insert(0, part[: token.start()].strip())
-    return ", ".join(dict.fromkeys(contents)) if contents else None
+def load_prompts(spec: str, split: str, tokenizer, args, limit=None) -> list[Problem]:
+    """The problems of data sets, encoded; says how many are dropped, over --max-prompt-tokens."""
+    problems, most = [], args.max_prompt_tokens
+    for part in spec.split(","):
+        problems += load_problems(part, split, limit)
+    for i, problem in enumerate(problems):  # ids count over all parts
+        problems[i] = replace(problem, id=i, prompt_ids=encode_prompt(tokenizer, problem))
+    fitting = [problem for problem in problems if len(problem.prompt_ids) <= most]
+    if not fitting:
+        raise InputError(f"{spec}: every prompt is longer than --max-prompt-tokens {most}")
+    if len(fitting) < len(problems):
+        print0(f"{spec}: dropped {len(problems) - len(fitting)} of {len(problems)} prompts, "
+               "over --max-prompt-tokens")
+    return fitting
 
 
-class Grader(AbstractContextManager):
-    """Scores responses in processes that can be killed. To be used as a context manager.
-
-    Model output can hang any algebra system (`9^{9^{9^{9}}}`) in code that no exception
-    interrupts. A worker is this file run as a script. The kernel ends it when an answer takes more
-    than `deadline` seconds; whatever ends it, only that answer is lost. It shares no thread, lock
-    or GPU with the trainer or other workers, and ends with the trainer.
-    """
-
-    def __init__(self, workers: int | None = None, deadline: float = 10.0):
-        """workers: by default this rank's share of the machine's cores."""
-        share = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.threads = ThreadPoolExecutor(workers or share)  # each waits for one worker
-        self.deadline, self.idle = deadline, []  # workers are started when they are needed
-
-    def __call__(self, responses: list[str], answers: list[str]) -> list[tuple[float, bool]]:
-        """(score, failed) of each response: 1.0 if its last box is equivalent to the answer.
-
-        failed: it overran the deadline or its worker died, and scores 0.0; no other answer is lost.
-        Raises RunError if no worker can be started.
-        """
-        pairs = [(extract_boxed(r), answer) for r, answer in zip(responses, answers, strict=True)]
-        grades = {(boxed, answer): (float(boxed == answer), False) for boxed, answer in pairs}
-        unequal = [(boxed, answer) for boxed, answer in grades if boxed and boxed != answer]
-        grades |= zip(unequal, self.threads.map(self._grade, unequal))
-        return [grades[pair] for pair in pairs]
-
-    def _grade(self, pair: tuple[str, str]) -> tuple[float, bool]:
-        worker = self._idle_worker()
-        try:
-            print(json.dumps(pair), file=worker.stdin, flush=True)
-        except BrokenPipeError:  # killed while it was idle
-            return self._grade(pair)
-        if not connection.wait([worker.stdout], timeout=2 * self.deadline):
-            worker.kill()  # the kernel should have ended it: it was stopped
-        if not (reply := worker.stdout.readline()):
-            return 0.0, True  # it has died
-        self.idle.append(worker)
-        return tuple(json.loads(reply))
-
-    def _idle_worker(self) -> Popen:
-        with suppress(IndexError):
-            return self.idle.pop()
-        command = [sys.executable, os.path.abspath(__file__), str(self.deadline)]
-        with suppress(OSError):  # said below. A session of its own: Ctrl-C is for the trainer
-            worker = Popen(command, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)
-            if worker.stdout.readline():
-                return worker
-        raise RunError("the grader cannot be started, so no response can be graded: out of memory?")
-
-    def __exit__(self, *exception) -> None:
-        self.threads.shutdown(cancel_futures=True)
-        for worker in self.idle:
-            worker.kill()
-            worker.communicate()
+# --- the same problems as before, and on all ranks ---------------------------------------------
+def digest_problems(problems: list[Problem]) -> str:
+    """16 hex digits that change with any id, question or answer, so that a changed file is seen."""
+    rows = [(problem.id, problem.question, problem.answer) for problem in problems]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-def equivalent(boxed: str, answer: str) -> bool:
-    """Math-Verify's judgement of a boxed response. May hang or exhaust memory: see Grader.
+def compare_problems(known: dict[str, str], data: dict[str, list[Problem]]) -> dict[str, str]:
+    """Digests of problems, by name of the data. InputError unless they are those of all ranks, and
+    for names that a checkpoint knows, `known`, those of then."""
+    digests = {name: digest_problems(problems) for name, problems in data.items()}
+    on_rank_0 = gather([digests])[0]
 
-    Only its LaTeX reader is used: the reader for plain expressions ends in Python's `eval`.
-    """
-    from math_verify import LatexExtractionConfig, parse, verify  # needed by the workers only
-    def read(text: str) -> list:
-        # Math-Verify reads neither LaTeX's spaces nor a full stop or line break at the end.
-        text = re.sub(r"(?<!\\)\\(?:!\s*|[,;: ])|~|(?<=[\d}])\.$|\\+$", "", text)
-        return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
-    return verify(read(answer), read(boxed), timeout_seconds=None)  # the Grader has a deadline
+    def compare():
+        for name, digest in digests.items():
+            if digest != on_rank_0[name]:
+                raise InputError(f"{name}: holds other problems than on rank 0; copy it there")
+            if digest != known.get(name, digest):
+                raise InputError(f"--resume: {name} held other problems at the checkpoint (or was "
+                                 "used with another --split, --max-prompt-tokens); restore it")
 
-
-def work(deadline: float) -> None:
-    """A worker: a line with a pair (boxed, answer) in, a line with its (score, failed) out."""
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # or it warns of odd answers
-    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no reply
-    equivalent("1", "2")  # imports Math-Verify
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, deadline)  # then the kernel ends this process
-        grade = 0.0, True
-        with suppress(MemoryError, RecursionError):
-            grade = float(equivalent(*json.loads(line))), False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(grade), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    work(deadline=float(sys.argv[1]))
+    on_every_rank(compare)
+    return digests

@@ -12,12 +12,10 @@ to repeat the figures; and summary.json, the figures. Training calls `evaluate` 
 import argparse
 import hashlib
 import importlib.metadata
-import math
 import os
 import re
 from collections import Counter
 from contextlib import nullcontext
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -25,83 +23,20 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils import cached_file
 
-from data import BENCHMARKS, SYSTEM_PROMPT, TOY, Grader, InputError, Problem
-from data import encode_prompt, extract_boxed, read_rows
+from answers import extract_boxed
+from checkpoint import claim_folder
+from data import BENCHMARKS, SYSTEM_PROMPT, TOY, Problem, compare_problems, encode_prompt
+from data import load_prompts, read_rows, sample_rows
+from grader import Grader
+from metrics import as_table, summarise
 from model import add_model_flags, load_model
-from run import RunState, append_rows, claim_folder, deal, join_ranks, non_negative
-from run import on_every_rank, on_rank0, parse_flags, positive_int, print0, read_json
-from run import run_script, write_json
-from sampler import EVALUATION, add_sampler_flags, as_rows, compare_problems, draw, load_prompts
-from sampler import make_sampler
-
-# --- metrics -------------------------------------------------------------------------------
-def pass_at_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """pass@k of each problem, (problems,): the chance that one of k samples is right.
-
-    1 - C(n - c, k) / C(n, k), where c of the n are right: unbiased (arXiv 2107.03374, Eq. 1).
-    scores: 0 or 1, (problems, n), n >= k.
-    """
-    n = scores.shape[1]
-    num_right = scores.sum(axis=1).astype(int)
-    return np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in num_right.tolist()])
+from run import InputError, append_rows, join_ranks, non_negative, on_every_rank, on_rank0
+from run import parse_flags, positive_int, print0, read_json, run_script, share_out, write_json
+from sampler import EVALUATION, add_sampler_flags, draw, make_sampler
 
 
-def majority_scores(answers: list[list[str]], scores: np.ndarray, grader) -> np.ndarray:
-    """maj@k of each problem, (problems,): the score of the answer that most of its samples give.
-
-    answers: k per problem, "" for none, which is no vote. scores: (problems, k). The grader says
-    which answers are the same; of two with as many votes, the first counts.
-    """
-    pairs = []  # (problem, one sample, another sample)
-    for i, group in enumerate(answers):
-        voters = [j for j, answer in enumerate(group) if answer]
-        pairs += [(i, one, other) for one, other in combinations(voters, 2)]
-    # Sorted, so that each pair of texts is judged once, in one direction.
-    texts = [sorted((answers[i][one], answers[i][other])) for i, one, other in pairs]
-    grades = deal(texts, lambda mine: grader([f"\\boxed{{{text}}}" for text, _ in mine],
-                                             [text for _, text in mine]))
-    votes = np.array([[float(answer != "") for answer in group] for group in answers])
-    for (i, one, other), (agree, _) in zip(pairs, grades):
-        votes[i, one] += agree
-        votes[i, other] += agree
-    return scores[np.arange(len(scores)), votes.argmax(axis=1)]
-
-
-def mean_and_error(values: np.ndarray) -> dict:
-    """Mean over problems and its standard error, 0 for a single problem; values: (problems,)."""
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {"mean": float(values.mean()), "standard_error": float(error)}
-
-
-def sampling_error(scores: np.ndarray) -> float | None:
-    """The error of avg@k over samples alone, same problems; scores: (n, k); None at k = 1."""
-    n, k = scores.shape
-    p = scores.mean(axis=1)  # sqrt(sum_i p_i (1 - p_i) / (k - 1)) / n
-    return math.sqrt((p * (1 - p)).sum() / (k - 1)) / n if k > 1 else None
-
-
-def summarise(rows: list[dict], grader) -> dict[str, dict]:
-    """`mean_and_error` of each metric; rows: k of each problem in turn."""
-    num_problems = len({row["problem"] for row in rows})
-    k = len(rows) // num_problems
-    scores = np.reshape([row["score"] for row in rows], (num_problems, k))
-    answers = [row["answer"] or "" for row in rows]
-    groups = [answers[start : start + k] for start in range(0, len(answers), k)]
-    metrics = {f"avg@{k}": scores}  # (problems,) or (problems, k) each
-    for j in sorted({k} | {2**i for i in range(1, k.bit_length())}):  # 2, 4, 8, ..., and k
-        metrics[f"pass@{j}"] = pass_at_k(scores, j)
-    metrics[f"maj@{k}"] = majority_scores(groups, scores, grader)
-    metrics["response_tokens"] = [row["tokens"] for row in rows]
-    metrics["no_answer"] = [not answer for answer in answers]
-    metrics["truncated"] = [row["finish_reason"] == "length" for row in rows]
-    metrics["grader_failures"] = [row["grader_failed"] for row in rows]
-    per_problem = {name: np.reshape(x, (num_problems, -1)) for name, x in metrics.items()}
-    summary = {name: mean_and_error(x.mean(axis=1)) for name, x in per_problem.items()}
-    summary[f"avg@{k}"]["sampling_error"] = sampling_error(scores)
-    return summary
-
-
-def add_report_flags(parser: argparse.ArgumentParser) -> None:
+# --- during training -------------------------------------------------------------------------
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """When and how training evaluates."""
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-data", default=str(TOY / "eval.jsonl"), help="given like --data")
@@ -111,18 +46,30 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
     add("--eval-temperature", type=non_negative, default=1.0, help="0: the most likely token")
 
 
-def evaluate(sampler, grader, problems: list[Problem], args: argparse.Namespace) -> dict:
+def evaluate(sampler, grader, problems: list[Problem], args, timer=nullcontext) -> dict:
     """The means of `summarise` over --eval-samples samples per problem, for the log.
 
-    Every call has the same seeds (not with vLLM on CUDA): only the model makes a difference.
+    Every call has the same seeds (not with vLLM on CUDA): only the model makes a difference. timer:
+    RunState's, for "eval", or none.
     """
     k = args.eval_samples
-    samples = draw(sampler, grader, problems, np.full(len(problems), k),
-                   seed_key=(args.seed, EVALUATION, 0), temperature=args.eval_temperature)
-    summary = summarise(as_rows(samples, problems), grader)
+    with timer("eval"):
+        samples = draw(sampler, grader, problems, np.full(len(problems), k),
+                       seed_key=(args.seed, EVALUATION, 0), temperature=args.eval_temperature)
+        summary = summarise(sample_rows(samples, problems), same_answers(grader))
     means = {name: metric["mean"] for name, metric in summary.items()}
     accuracy = means.pop(f"avg@{k}")
     return {"eval_accuracy": accuracy} | {f"eval_{name}": mean for name, mean in means.items()}
+
+
+def same_answers(grader):
+    """From pairs of answers to booleans, whether they are equivalent; the ranks share the work."""
+
+    def judge(pairs: list[tuple[str, str]]) -> list[bool]:
+        grades = grader([f"\\boxed{{{one}}}" for one, _ in pairs], [other for _, other in pairs])
+        return [score > 0 for score, _ in grades]
+
+    return lambda pairs: share_out(pairs, judge)
 
 
 # --- the command ---------------------------------------------------------------------------
@@ -199,7 +146,7 @@ def read_samples(path: Path) -> list[dict]:
     return rows
 
 
-def draw_benchmark(path: Path, problems: list[Problem], sampler, grader, args) -> list[dict]:
+def complete_benchmark(path: Path, problems: list[Problem], sampler, grader, args) -> list[dict]:
     """--samples rows per problem, in order: what `path` holds, and new ones, appended to it."""
     rows = read_samples(path) if path.exists() else []
     held = Counter(row["problem"] for row in rows)
@@ -213,29 +160,29 @@ def draw_benchmark(path: Path, problems: list[Problem], sampler, grader, args) -
         first = np.array([held[problem.id] for problem in part])
         samples = draw(sampler, grader, part, counts=args.samples - first, first_index=first,
                        seed_key=(args.seed, EVALUATION, 0), temperature=args.temperature)
-        on_rank0(append_rows, path, as_rows(samples, part))
-        rows += as_rows(samples, part)
+        on_rank0(append_rows, path, sample_rows(samples, part))
+        rows += sample_rows(samples, part)
         bar.update(len(samples))
     bar.close()
     return sorted(rows, key=lambda row: (row["problem"], row["index"]))
 
 
-def draw_all(args: argparse.Namespace, out: Path, grader, device) -> tuple[dict, dict]:
+def evaluate_benchmarks(args: argparse.Namespace, out: Path, grader, device) -> tuple[dict, dict]:
     """(protocol, rows by benchmark) of all that --data names."""
     specs = {Path(spec).stem: spec for spec in args.data.split(",")}
     if len(specs) < len(args.data.split(",")):
         raise InputError(f"--data {args.data}: two end alike, and would be one file; rename one")
     model, tokenizer = on_every_rank(load_model, args, device)
-    problems, state = {}, RunState()
+    problems = {}
     for name, spec in specs.items():
         problems[name] = on_every_rank(load_prompts, spec, "test", tokenizer, args, args.limit)
-    compare_problems(state, problems)
+    digests = compare_problems({}, problems)
     sampler = make_sampler(model, tokenizer, args)
-    protocol = describe_protocol(args, model, sampler) | {"problems": state.problems}
+    protocol = describe_protocol(args, model, sampler) | {"problems": digests}
     on_rank0(start_folder, out, protocol)
     rows = {}
-    for name in specs:
-        rows[name] = draw_benchmark(out / f"{name}.jsonl", problems[name], sampler, grader, args)
+    for name, asked in problems.items():
+        rows[name] = complete_benchmark(out / f"{name}.jsonl", asked, sampler, grader, args)
     return protocol, rows
 
 
@@ -259,19 +206,6 @@ def rescore(path: Path, out: Path | None, grader) -> tuple[dict, dict]:
     return protocol, {path.stem: rows}
 
 
-def as_table(results: dict[str, dict]) -> str:
-    """Markdown, one line per benchmark: mean ± standard error; avg@k has (sampling_error), too."""
-    lines = [["benchmark", *next(iter(results.values()))]]
-    lines.append(["---"] * len(lines[0]))
-    for name, result in results.items():
-        num_problems, *metrics = result.values()
-        shown = [f"{m['mean']:.4g} ± {m['standard_error']:.2g}" for m in metrics]
-        if metrics[0]["sampling_error"] is not None:
-            shown[0] += f" ({metrics[0]['sampling_error']:.2g})"
-        lines.append([name, str(num_problems), *shown])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main(argv=None) -> None:
     """Draw, or grade anew; save samples and figures; print protocol and table."""
     args = parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_command_flags)
@@ -284,11 +218,11 @@ def main(argv=None) -> None:
         if args.rescore:
             protocol, rows = rescore(Path(args.rescore), out, grader)
         else:
-            protocol, rows = draw_all(args, out, grader, device)
-        results = {
-            name: {"problems": len({row["problem"] for row in part})} | summarise(part, grader)
-            for name, part in rows.items()
-        }
+            protocol, rows = evaluate_benchmarks(args, out, grader, device)
+        results = {}
+        for name, part in rows.items():
+            results[name] = {"problems": len({row["problem"] for row in part})}
+            results[name] |= summarise(part, same_answers(grader))
         if out:
             on_rank0(write_json, out / "summary.json", {"protocol": protocol, "results": results})
     print0("\n".join(f"{name}: {value}" for name, value in protocol.items()))

@@ -1,23 +1,21 @@
-"""The policy: loading, log-probs and norms in one forward pass; DDP and FSDP2; checkpoints."""
+"""The policy: loading a model and checking it, log-probs of responses, gradient norms, states.
+
+    model, tokenizer = load_model(args, device)
+    policy = Policy(model, temperature=1.0)
+    logprobs = policy(input_ids, response_mask)                        # to train on
+    logprobs, norms = policy.logprobs_and_norms(input_ids, response_mask)
+"""
 
 import argparse
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint.state_dict as state_dicts
-from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as computed_again
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from data import TOY, InputError, Problem, encode_prompt
-from run import RunState, digest, gather, number, on_rank0, positive_int, print0, read_json
-from run import remove_old_checkpoints, write_json
+from data import TOY, Problem, encode_prompt
+from run import InputError, number, positive_int, print0
 
 HEAD_BYTES = 1 << 30  # of the logits, (tokens, vocabulary) in fp32, that are held at once
 # Config entries by which models change their logits after the head (Gemma 2, Cohere, Granite).
@@ -97,10 +95,11 @@ def _check_tokenizer(source, tokenizer, end_ids: set[int], vocabulary: int) -> N
 
 
 class Policy(nn.Module):
-    """A causal language model, for the log-probs of responses: pi = softmax(W h / T).
+    """A causal language model: pi = softmax(W h / T), of which responses are scored and trained.
 
     W is the output head, h the last hidden state, T the temperature. Raises InputError for a
     model whose logits are not W h: scaled, soft-capped, or from a head that is not linear.
+    All inputs are padded on the right, where no token before looks: (batch, time).
     """
 
     def __init__(self, model, temperature: float = 1.0, gradient_checkpointing: bool = False):
@@ -116,28 +115,50 @@ class Policy(nn.Module):
         if gradient_checkpointing:  # the reentrant kind crashes DDP
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, input_ids, mask, with_norms: bool = False, as_states: bool = False):
-        """(log-probs of the masked tokens, of responses; gradient norms of the rows or None).
-
-        input_ids, mask: (batch, time), padded on the right, where no token before looks. Log-probs:
-        (tokens,), row after row. with_norms: also the norm of the gradient of each row's
-        -sum_t ln pi(y_t) with respect to W, (batch,); there is then no backward pass. as_states:
-        instead, of masked prompts, the last token's hidden state and the mean, (batch, 2 hidden).
-        """
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda,
-                            cache_enabled=False):  # the cache would hold a bf16 copy of the model
-            hidden = self.model.base_model(input_ids, use_cache=False).last_hidden_state
-            if as_states:
-                rows = [row[is_prompt].double() for row, is_prompt in zip(hidden, mask)]
-                return torch.stack([torch.cat([row[-1], row.mean(dim=0)]) for row in rows])
-            is_target = mask[:, 1:]  # (batch, time - 1): position t predicts t + 1
-            hidden, targets = hidden[:, :-1][is_target], input_ids[:, 1:][is_target]  # per token
-            if with_norms:
-                return self._logprobs_and_norms(hidden, targets, is_target.sum(dim=1).tolist())
-            # The logits of a chunk are computed again in the backward pass, instead of kept.
+    def forward(self, input_ids, response_mask) -> torch.Tensor:
+        """Log-probs of the response tokens, (tokens,), row after row: what is trained."""
+        with self._autocast():
+            hidden, targets = self._states_before_responses(input_ids, response_mask)
+            # The logits of a chunk are not kept, but computed again in the backward pass.
             chunks = zip(hidden.split(self.head_chunk), targets.split(self.head_chunk))
-            logprobs = [checkpoint(self._target_logprobs, *c, use_reentrant=False) for c in chunks]
-            return torch.cat(logprobs), None
+            logprobs = [computed_again(self._target_logprobs, *chunk, use_reentrant=False)
+                        for chunk in chunks]
+            return torch.cat(logprobs)
+
+    @torch.no_grad()
+    def logprobs_and_norms(self, input_ids, response_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probs as forward's, without a gradient; a gradient norm for each row, (batch,)).
+
+        The norm is that of the gradient of -sum_t ln pi(y_t) with respect to W, the hidden states
+        held fixed. It needs no backward pass.
+        """
+        with self._autocast():
+            hidden, targets = self._states_before_responses(input_ids, response_mask)
+            lengths = response_mask[:, 1:].sum(dim=1).tolist()
+            return self._head_norms(hidden, targets, lengths)
+
+    @torch.no_grad()
+    def prompt_states(self, input_ids, prompt_mask) -> torch.Tensor:
+        """What the model knows of each prompt, (batch, 2 hidden), in fp64: the last hidden state of
+        its last token, and the mean over its tokens."""
+        with self._autocast():
+            hidden = self._hidden_states(input_ids)
+            prompts = [row[is_prompt].double() for row, is_prompt in zip(hidden, prompt_mask)]
+            return torch.stack([torch.cat([row[-1], row.mean(dim=0)]) for row in prompts])
+
+    def _autocast(self):
+        """bf16 on CUDA. Its cache would hold a bf16 copy of the whole model."""
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False,
+                              enabled=self.device.type == "cuda")
+
+    def _hidden_states(self, input_ids):  # (batch, time, hidden)
+        return self.model.base_model(input_ids, use_cache=False).last_hidden_state
+
+    def _states_before_responses(self, input_ids, response_mask):
+        """Hidden states, (tokens, hidden), that predict the response tokens, (tokens,)."""
+        is_target = response_mask[:, 1:]  # (batch, time - 1): position t predicts t + 1
+        hidden = self._hidden_states(input_ids)
+        return hidden[:, :-1][is_target], input_ids[:, 1:][is_target]
 
     def _log_softmax(self, hidden):  # (tokens, hidden) to (tokens, vocabulary), in fp32
         logits = self.model.get_output_embeddings()(hidden).float()
@@ -147,8 +168,8 @@ class Policy(nn.Module):
         return self._log_softmax(hidden).gather(1, targets[:, None]).squeeze(1)  # (tokens,)
 
     @torch.no_grad()
-    def _logprobs_and_norms(self, hidden, targets, lengths: list[int]):
-        """As forward's, for rows of `lengths` tokens each; without a backward pass.
+    def _head_norms(self, hidden, targets, lengths: list[int]):
+        """(log-probs, norms) as above, for rows of `lengths` tokens each.
 
         With the hidden states h_t held fixed, the gradient of -sum_t ln pi(y_t) is
 
@@ -170,6 +191,14 @@ class Policy(nn.Module):
         return torch.cat(logprobs), torch.stack(norms)
 
 
+def load_reference(args: argparse.Namespace, device: torch.device) -> Policy:
+    """The policy of --model as it is, from which the KL is taken; never from a checkpoint."""
+    reference = Policy(load_model(args, device)[0], args.temperature)
+    if device.type == "cuda":
+        reference.bfloat16()  # it computes in bf16 there anyway
+    return reference
+
+
 @torch.no_grad()
 def _check_head(model) -> None:
     """Raise InputError unless the logits are W h: Policy computes them, and norms, from that."""
@@ -183,117 +212,3 @@ def _check_head(model) -> None:
     if not plain:
         raise InputError(f"--model: {type(model).__name__} scales or caps its logits, or has no "
                          "linear head; choose another model")
-
-
-def distribute(policy: Policy, shard: bool = False) -> nn.Module:
-    """The policy for training: its backward pass takes the mean of the gradients over ranks.
-
-    By DDP, or with `shard` by FSDP2, which changes `policy` itself: each rank holds a part of each
-    tensor, and a layer is gathered when it is used.
-    """
-    if not shard:  # buffers are constants: there is nothing to send in every forward pass
-        return DistributedDataParallel(
-            policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    for module in list(policy.modules()):
-        if type(module).__name__ in policy.model._no_split_modules:  # a decoder layer
-            fully_shard(module)
-    return fully_shard(policy)  # what is in no layer: embedding and head
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or what FSDP2 has spread over the ranks, gathered on each."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def micro_batches(lengths: list[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """For each rank its micro-batches, lists of indices; equally many for every rank.
-
-    lengths: in tokens. Samples are dealt by length, for equal work and little padding. A batch has
-    at most `max_tokens` tokens, padded to its longest row, or one row; ranks wait in each of them.
-    """
-    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    shares = []
-    for rank in range(ranks):
-        left, batches = by_length[rank::ranks], []
-        while left:
-            rows = max(max_tokens // lengths[left[0]], 1)
-            batches.append(left[:rows])
-            left = left[rows:]
-        shares.append(batches)
-    most = max(len(batches) for batches in shares)
-    return [batches + [[]] * (most - len(batches)) for batches in shares]
-
-
-# --- checkpoints -----------------------------------------------------------------------------
-# Whole tensors under plain names, so that any number of ranks can load what any other has saved.
-WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def save_checkpoint(out: Path, state: RunState, model, optimizer, tokenizer, keep: int) -> None:
-    """Write OUT/checkpoints/step-N, a folder for from_pretrained; keep the newest `keep`.
-
-    It is there whole or not at all. It is not written twice, nor after updates that are not finite.
-    """
-    if state.saved == state.step or state.not_finite > 0:
-        return
-    state.saved = state.step
-    weights, moments = state_dicts.get_model_state_dict(model, options=WHOLE), None
-    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    weights = {name: weights[name] for name in names & weights.keys()}  # a tied head only once
-    if optimizer.state:  # it has none before its first step, and asking would make a step
-        moments = state_dicts.get_optimizer_state_dict(model, optimizer, options=WHOLE)
-    final = out / "checkpoints" / f"step-{state.step:06d}"
-    partial = final.with_suffix(".partial")
-
-    def write():
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            model.save_pretrained(partial, state_dict=weights)
-            tokenizer.save_pretrained(partial)
-            if moments is not None:
-                torch.save(moments, partial / "optimizer.pt")
-            write_json(partial / "state.json", asdict(state))
-            digests = {path.name: digest(path) for path in partial.iterdir()}
-            write_json(partial / "digests.json", digests)
-            digest(partial / "digests.json")
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
-            shutil.rmtree(partial, ignore_errors=True)  # it may not have come so far
-            raise InputError(f"--out: the checkpoint of step {state.step} cannot be written "
-                             f"({error}); make room, then --resume") from error
-        shutil.rmtree(final, ignore_errors=True)  # a broken one, which --resume passed over
-        partial.rename(final)
-        remove_old_checkpoints(final, state, keep)
-
-    on_rank0(write)
-
-
-def newest_checkpoint(out: Path) -> tuple[Path | None, RunState]:
-    """The newest whole checkpoint, or None, and its state; for all ranks. Warns of damaged ones."""
-
-    def find():
-        saved = sorted(out.glob("checkpoints/step-??????"), reverse=True)
-        for path in saved:
-            try:
-                digests = read_json(path / "digests.json")
-                if digests and all(digest(path / n) == value for n, value in digests.items()):
-                    return path, RunState(**read_json(path / "state.json"))
-            except (OSError, InputError, TypeError):
-                pass  # as good as another digest
-            print0(f"warning: {path} is damaged, trying the one before")
-        if saved:
-            raise InputError(f"--resume: no checkpoint in {out} is whole; choose another --out")
-        return None, RunState()
-
-    return gather([on_rank0(find)])[0]
-
-
-def load_optimizer(checkpoint: Path, model, optimizer) -> None:
-    """Load the optimizer's state from a checkpoint, if it had one. Called on all ranks."""
-    path = checkpoint / "optimizer.pt"
-    if path.exists():
-        flags = {name: optimizer.param_groups[0][name] for name in ("lr", "weight_decay")}
-        moments = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state_dicts.set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
-        optimizer.param_groups[0].update(flags)  # they win over those of the checkpoint
-        for state in optimizer.state.values():  # copies: the file may be deleted, not stay mapped
-            state.update({name: value.clone() for name, value in state.items()})

@@ -1,20 +1,13 @@
-"""What any script needs, and nothing that is special to GVM: flags, ranks, the folder of a run."""
+"""What any script needs, nothing of it special to GVM: errors, flags, ranks, signals, JSON."""
 
 import argparse
 import atexit
-import fcntl
 import gc
-import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import shutil
 import signal
 import sys
-import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,9 +17,41 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from data import InputError, RunError
 
-# --- flags and errors ------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------
+class InputError(Exception):
+    """Bad input from the user: one line that names the flag or file and the remedy."""
+
+
+class RunError(Exception):
+    """The run cannot go on, through no fault of its input: one line; checkpoints are kept."""
+
+
+class Stopped(Exception):
+    """The run was asked to end: the step under way is given up."""
+
+
+def run_script(main) -> None:
+    """Call main(). Bad input ends in one line and exit code 2, a run that fails in code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
+    try:
+        main()
+    except (InputError, RunError) as error:
+        at_rank = f" on rank {os.environ['RANK']}" if int(os.environ.get("RANK", 0)) > 0 else ""
+        words = str(error).split()  # one line, though a name in it may hold a line break
+        print(f"{Path(sys.argv[0]).name}: error{at_rank}:", *words, file=sys.stderr)
+        error.__traceback__ = error.__cause__ = None  # the line is enough for torchrun's report
+        get_error_handler().record_exception(error)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except RuntimeError as error:  # torch.OutOfMemoryError, or vLLM's when it wakes up
+        if "out of memory" in str(error):
+            print("out of memory: see --tokens-per-micro-batch, --vllm-memory, "
+                  "--gradient-checkpointing, --fsdp", file=sys.stderr)
+        raise
+
+
+# --- flags -----------------------------------------------------------------------------------
 def number(kind: type, low: float, high: float = math.inf):
     """An argparse type: a finite number of this kind, int or float, from `low` to `high`."""
 
@@ -58,26 +83,6 @@ def parse_flags(argv: list[str] | None, docstring: str, *add_flags) -> argparse.
     for add in add_flags:
         add(parser)
     return parser.parse_args(argv)
-
-
-def run_script(main) -> None:
-    """Call main(). Bad input ends in one line and exit code 2, a run that fails in code 1."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
-    try:
-        main()
-    except (InputError, RunError) as error:
-        at_rank = f" on rank {os.environ['RANK']}" if int(os.environ.get("RANK", 0)) > 0 else ""
-        words = str(error).split()  # one line, though a name in it may hold a line break
-        print(f"{Path(sys.argv[0]).name}: error{at_rank}:", *words, file=sys.stderr)
-        error.__traceback__ = error.__cause__ = None  # the line is enough for torchrun's report
-        get_error_handler().record_exception(error)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except RuntimeError as error:  # torch.OutOfMemoryError, or vLLM's when it wakes up
-        if "out of memory" in str(error):
-            print("out of memory: see --tokens-per-micro-batch, --vllm-memory, "
-                  "--gradient-checkpointing, --fsdp", file=sys.stderr)
-        raise
 
 
 # --- ranks -----------------------------------------------------------------------------------
@@ -126,7 +131,7 @@ def gather(items: list) -> list:
     return sum(parts, [])
 
 
-def deal(items: list, function) -> list:
+def share_out(items: list, function) -> list:
     """function(items), which returns a list, for all ranks: each computes a share of it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     parts = gather([function(items[rank::ranks])])
@@ -155,10 +160,7 @@ def on_rank0(function, *arguments):
     return on_every_rank(function if dist.get_rank() == 0 else lambda *_: None, *arguments)
 
 
-class Stopped(Exception):
-    """The run was asked to end: the step under way is given up."""
-
-
+# --- signals ---------------------------------------------------------------------------------
 class StopSignal:
     """SIGTERM, SIGINT or SIGHUP asks a run to save and end; a second signal ends it at once."""
 
@@ -179,59 +181,7 @@ class StopSignal:
         return any(gather([self.received]))
 
 
-# --- the folder of a run ---------------------------------------------------------------------
-# What the log counts from the start of the run; all other metrics are of one step.
-TOTALS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures")
-PHASES = ("sample", "sync", "grade", "score", "train", "eval", "save")  # what its seconds are for
-SHOWN = "step samples accept_rate predicted_accept_rate loss eval_accuracy seconds".split()
-
-
-@dataclass
-class RunState:
-    """What a checkpoint keeps beside the model and the optimizer, as JSON."""
-
-    step: int = -1  # the last one that was finished; 0 is the evaluation before training
-    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    saved: int = -1  # the step of the newest checkpoint
-    plan: dict | None = None  # of the E-step, where one serves several steps
-    predictor: dict = field(default_factory=dict)  # what allocator.Predictor has learnt: arrays
-    problems: dict[str, str] = field(default_factory=dict)  # by name of the data: their digest
-    last_solved: int = 0  # the last step that had a right sample
-    not_finite: int = 0  # updates in a row, until now, whose gradient was not finite
-    log_bytes: int = 0  # the length of log.jsonl
-
-    @contextmanager
-    def timer(self, phase: str):
-        """Add the time that the `with` block takes, without phases inside it, to this phase's."""
-        start, before = time.perf_counter(), sum(self.seconds.values())
-        yield
-        inside = sum(self.seconds.values()) - before
-        self.seconds[phase] += time.perf_counter() - start - inside
-
-
-def claim_folder(out: Path, record: str, resume: bool):
-    """Make `out`, locked for a `with` block; InputError if a run is there, or left its `record`."""
-
-    def lock_folder():
-        if (out / record).exists() and not resume:
-            raise InputError(f"--out {out}: holds a run already; --resume continues it, "
-                             "another --out starts afresh")
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / "lock", "a+")
-        lock.seek(0)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"--out {out}: process {lock.read()} is running there; "
-                             "wait for it, end it, or choose another") from error
-        lock.truncate(0)
-        print(os.getpid(), end="", file=lock, flush=True)
-        return lock
-
-    return on_rank0(lock_folder) or nullcontext()
-
-
+# --- JSON ------------------------------------------------------------------------------------
 def append_rows(path: Path, rows: list[dict]) -> int:
     """Append JSON lines to a file; returns its length in bytes."""
     with path.open("a", encoding="utf-8") as file:
@@ -242,7 +192,8 @@ def append_rows(path: Path, rows: list[dict]) -> int:
 def write_json(path: Path, content: dict) -> None:
     """Write a file beside its place and rename it: it is there whole, or as it was before."""
     aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(content, indent=1, allow_nan=False, default=list))  # arrays, too
+    text = json.dumps(content, indent=1, allow_nan=False, default=lambda array: array.tolist())
+    aside.write_text(text)
     aside.rename(path)
 
 
@@ -253,47 +204,3 @@ def read_json(path: Path, key: str | None = None) -> dict:
         return dict(content[key] if key else content)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: is damaged; delete it, or choose another --out") from error
-
-
-def start_log(out: Path, args: argparse.Namespace, log_bytes: int) -> None:
-    """Record flags and versions in args.json; cut log.jsonl back to the checkpoint's length."""
-    record, log = out / "args.json", out / "log.jsonl"
-    if record.exists():
-        before = read_json(record, "flags") | {"resume": args.resume}
-        changed = [name for name, value in vars(args).items() if value != before.get(name)]
-        if changed:
-            print0(f"warning: resumed with other values of {', '.join(changed)} than before")
-    versions = {found.name: found.version for found in importlib.metadata.distributions()}
-    write_json(record, {"flags": vars(args), "versions": versions})
-    with log.open("ab") as file:
-        file.truncate(min(log_bytes, file.tell()))
-
-
-def write_log(out: Path, state: RunState, metrics: dict) -> None:
-    """Add up the TOTALS, append a line to log.jsonl, and print its main figures."""
-    for name in TOTALS:
-        state.totals[name] += metrics.get(name, 0)
-    line = {"step": state.step, **metrics, **state.totals, "seconds": sum(state.seconds.values())}
-    line |= {f"seconds_{phase}": value for phase, value in state.seconds.items()}
-    # JSON has no NaN.
-    line = {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
-    state.log_bytes = append_rows(out / "log.jsonl", [line])
-    print0("  ".join(f"{name} {line[name]:.4g}" for name in SHOWN if line.get(name) is not None))
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, which is first brought to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def remove_old_checkpoints(newest: Path, state: RunState, keep: int) -> None:
-    """Keep the newest `keep`, and one from before the last step with a right sample."""
-    saved = sorted(newest.parent.glob("step-??????"))
-    older = [path for path in saved if path <= newest]  # --resume passed over the others
-    kept = older[-keep:]
-    if state.step > state.last_solved:  # the run may have diverged since
-        kept += [path for path in older if path.name < f"step-{state.last_solved:06d}"][-1:]
-    for path in set(saved) - set(kept):
-        shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Who draws: transformers or vLLM. `draw` and `fill_logprobs` deal their work over the ranks.
+"""Who draws: transformers or vLLM; and `draw`, which shares the work out over the ranks.
 
 A sample is a function of (seed, purpose, step, problem, index) alone, not of the rank that draws
 it nor of the samples that share its batch: one rank or eight, a resumed run or a fresh one, draw
@@ -10,17 +10,15 @@ import atexit
 import importlib.util
 import os
 from contextlib import nullcontext
-from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.utils.rnn import pad_sequence
 
-from data import InputError, Problem, Sample, digest_problems, encode_prompt, extract_boxed
-from data import load_problems
-from model import Policy, micro_batches, whole
-from run import RunState, deal, gather, number, on_every_rank, positive_int, print0
+from batches import gather_tensor
+from data import Problem, Sample
+from run import InputError, number, positive_int, share_out
 
 TRAINING, EVALUATION, ORDER = 0, 1, 2  # what random numbers are for: a part of their seed
 
@@ -36,39 +34,91 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="of samples and order")
 
 
-def load_prompts(spec: str, split: str, tokenizer, args, limit=None) -> list[Problem]:
-    """The problems of data sets, encoded; says how many are dropped, over --max-prompt-tokens."""
-    problems, most = [], args.max_prompt_tokens
-    for part in spec.split(","):
-        problems += load_problems(part, split, limit)
-    for i, problem in enumerate(problems):  # ids count over all parts
-        problems[i] = replace(problem, id=i, prompt_ids=encode_prompt(tokenizer, problem))
-    fitting = [problem for problem in problems if len(problem.prompt_ids) <= most]
-    if not fitting:
-        raise InputError(f"{spec}: every prompt is longer than --max-prompt-tokens {most}")
-    if len(fitting) < len(problems):
-        print0(f"{spec}: dropped {len(problems) - len(fitting)} of {len(problems)} prompts, "
-               "over --max-prompt-tokens")
-    return fitting
+def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[int, ...],
+         temperature: float, first_index=0, timer=nullcontext) -> list[Sample]:
+    """Draw counts[i] graded samples of problems[i]: the same list, in their order, on every rank.
+
+    counts: (problems,). seed_key: (seed, purpose, step). first_index: of each problem's samples,
+    one for all or (problems,). timer: RunState's, or none. Ranks take turns in the requests: the
+    samples of a hard problem are many and long, too many for one rank.
+    """
+    firsts = np.broadcast_to(first_index, len(problems)).tolist()
+    requests = [(problem, first + j) for problem, first, count in zip(problems, firsts, counts)
+                for j in range(count)]
+
+    def respond(mine: list[tuple[Problem, int]]) -> list[Sample]:
+        seeds = [_seed(*seed_key, problem.id, index) for problem, index in mine]
+        responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature, timer)
+        texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, *_ in responses]
+        with timer("grade"):
+            grades = grader(texts, [problem.answer for problem, _ in mine])
+        samples = []
+        for (problem, index), response, text, grade in zip(mine, responses, texts, grades):
+            reward, failed = grade
+            samples.append(Sample(
+                problem.id, index, problem.prompt_ids, response.ids, response.finished, text=text,
+                reward=reward, grader_failed=failed, sampler_logprobs=response.logprobs))
+        return samples
+
+    return share_out(requests, respond)
 
 
-def compare_problems(state: RunState, data: dict[str, list[Problem]]) -> None:
-    """Note digests of the problems. InputError unless they are those of all ranks and of before."""
-    digests = {name: digest_problems(problems) for name, problems in data.items()}
-    on_rank_0 = gather([digests])[0]
+def _seed(*key: int) -> int:
+    """A 64-bit seed, from a hash of `key`: other keys, other random numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
-    def compare():
-        for name, digest in digests.items():
-            if digest != on_rank_0[name]:
-                raise InputError(f"{name}: holds other problems than on rank 0; copy it there")
-            if digest != state.problems.get(name, digest):
-                raise InputError(f"--resume: {name} held other problems at the checkpoint (or was "
-                                 "used with another --split, --max-prompt-tokens); restore it")
 
-    on_every_rank(compare)
-    if not digests.keys() <= state.problems.keys():
-        state.plan = None  # it was made for other data
-    state.problems = digests
+class Response(NamedTuple):
+    """What a sampler returns for a prompt and a seed."""
+
+    ids: np.ndarray  # int32 (response,), the end-of-sequence token included
+    logprobs: np.ndarray  # float32 (response,), at the temperature of the draw
+    finished: bool  # False: cut at --max-response-tokens
+
+
+# --- transformers ----------------------------------------------------------------------------
+class HfSampler:
+    """transformers' `generate`, made reproducible sample by sample."""
+
+    def __init__(self, model, tokenizer, args):
+        self.model, self.tokenizer = model, tokenizer
+        self.end_ids = model.generation_config.eos_token_id
+        self.max_tokens, self.batch_size = args.max_response_tokens, args.sampler_batch_size
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[list[int]], seeds, temperature, timer=nullcontext) -> list:
+        """A Response to each prompt, with the seed of the same place."""
+        responses = []
+        for start in range(0, len(prompts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            responses += self._generate(prompts[rows], seeds[rows], temperature)
+        return responses
+
+    def _generate(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list:
+        device = self.model.device
+        batch = {"input_ids": prompts}
+        padded = self.tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(device)
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        drawn = []  # (token ids, log-probs), (batch,) each, for each position
+
+        def pick_token(_, logits: torch.Tensor) -> torch.Tensor:
+            """A logits processor that draws a token, and leaves it for greedy decoding to pick."""
+            drawn.append(gumbel_max(logits, generators, temperature))
+            return torch.zeros_like(logits).scatter(1, drawn[-1][0][:, None], 1.0)
+
+        self.model.eval()  # gradient checkpointing would switch the key-value cache off
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            self.model.generate(**padded, max_new_tokens=self.max_tokens, do_sample=False,
+                                logits_processor=[pick_token])
+        token_ids, logprobs = (torch.stack(x, dim=1).tolist() for x in zip(*drawn))
+        return [self._cut(*row) for row in zip(token_ids, logprobs)]
+
+    def _cut(self, ids: list[int], logprobs: list[float]) -> Response:
+        """Without what comes after the first end-of-sequence token."""
+        ends = [t for t, token_id in enumerate(ids, start=1) if token_id in self.end_ids]
+        length = ends[0] if ends else len(ids)
+        ids, logprobs = np.array(ids[:length], np.int32), np.array(logprobs[:length], np.float32)
+        return Response(ids, logprobs, finished=bool(ends))
 
 
 def gumbel_max(logits: torch.Tensor, generators: list[torch.Generator], temperature: float):
@@ -90,49 +140,7 @@ def gumbel_max(logits: torch.Tensor, generators: list[torch.Generator], temperat
     return token_ids, logprobs
 
 
-class HfSampler:
-    """transformers' `generate`, made reproducible sample by sample."""
-
-    def __init__(self, model, tokenizer, args):
-        self.model, self.tokenizer = model, tokenizer
-        self.end_ids = model.generation_config.eos_token_id
-        self.max_tokens, self.batch_size = args.max_response_tokens, args.sampler_batch_size
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[list[int]], seeds, temperature, timer=nullcontext) -> list:
-        """(response ids, their log-probs, whether it ended) for each prompt and seed."""
-        responses = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            responses += self._generate(prompts[rows], seeds[rows], temperature)
-        return responses
-
-    def _generate(self, prompts: list[list[int]], seeds: list[int], temperature: float) -> list:
-        device = self.model.device
-        batch = {"input_ids": prompts}
-        padded = self.tokenizer.pad(batch, padding_side="left", return_tensors="pt").to(device)
-        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        drawn = []  # (token ids, log-probs), (batch,) each, for each position
-
-        def draw_token(_, logits: torch.Tensor) -> torch.Tensor:
-            """A logits processor that draws a token, and leaves it for greedy decoding to pick."""
-            drawn.append(gumbel_max(logits, generators, temperature))
-            return torch.zeros_like(logits).scatter(1, drawn[-1][0][:, None], 1.0)
-
-        self.model.eval()  # gradient checkpointing would switch the key-value cache off
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            self.model.generate(**padded, max_new_tokens=self.max_tokens, do_sample=False,
-                                logits_processor=[draw_token])
-        token_ids, logprobs = (torch.stack(x, dim=1).tolist() for x in zip(*drawn))
-        return [self._cut(*row) for row in zip(token_ids, logprobs)]
-
-    def _cut(self, ids: list[int], logprobs: list[float]) -> tuple[np.ndarray, np.ndarray, bool]:
-        """A response without what comes after its first end-of-sequence token."""
-        ends = [t for t, token_id in enumerate(ids, start=1) if token_id in self.end_ids]
-        length = ends[0] if ends else len(ids)
-        return np.array(ids[:length], np.int32), np.array(logprobs[:length], np.float32), bool(ends)
-
-
+# --- vLLM ------------------------------------------------------------------------------------
 class VllmSampler:
     """One vLLM engine per rank, in the trainer's process.
 
@@ -172,7 +180,7 @@ class VllmSampler:
         """Wake up with the trainer's weights, without keys and values of earlier ones."""
         torch.cuda.empty_cache()  # what the trainer has freed; nothing on a CPU
         self.llm.wake_up(tags=["weights"])
-        weights = ((name, whole(tensor)) for name, tensor in self.model.named_parameters())
+        weights = ((name, gather_tensor(tensor)) for name, tensor in self.model.named_parameters())
         self.llm.apply_model(lambda engine: engine.load_weights(weights))
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
@@ -198,13 +206,14 @@ class VllmSampler:
         return [_response(result.outputs[0]) for result in results]
 
 
-def _response(output) -> tuple[np.ndarray, np.ndarray, bool]:
-    """(response ids, their log-probs, whether it ended) from one of vLLM's outputs."""
+def _response(output) -> Response:
+    """From one of vLLM's outputs."""
     logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs)]
-    ended = output.finish_reason == "stop"
-    return np.array(output.token_ids, np.int32), np.array(logprobs, np.float32), ended
+    ids, logprobs = np.array(output.token_ids, np.int32), np.array(logprobs, np.float32)
+    return Response(ids, logprobs, finished=output.finish_reason == "stop")
 
 
+# --- which of them -----------------------------------------------------------------------------
 SAMPLERS = {"hf": HfSampler, "vllm": VllmSampler}  # --sampler
 
 
@@ -222,78 +231,3 @@ def make_sampler(model, tokenizer, args):
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--sampler {args.sampler}: {reason}; on GPU nodes pip install "
                          "vllm==0.32.0, elsewhere use --sampler hf") from error
-
-
-def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[int, ...],
-         temperature: float, first_index=0, timer=nullcontext) -> list[Sample]:
-    """Draw counts[i] graded samples of problems[i]: the same list, in their order, on every rank.
-
-    counts: (problems,). seed_key: (seed, purpose, step). first_index: of each problem's samples,
-    one for all or (problems,). timer: RunState's, or none. Ranks take turns in the requests: the
-    samples of a hard problem are many and long, too many for one rank.
-    """
-    firsts = np.broadcast_to(first_index, len(problems)).tolist()
-    requests = [(problem, first + j) for problem, first, count in zip(problems, firsts, counts)
-                for j in range(count)]
-
-    def draw_mine(mine: list[tuple[Problem, int]]) -> list[Sample]:
-        seeds = [_seed(*seed_key, problem.id, index) for problem, index in mine]
-        responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature, timer)
-        texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, _, _ in responses]
-        with timer("grade"):
-            grades = grader(texts, [problem.answer for problem, _ in mine])
-        return [
-            Sample(problem.id, index, problem.prompt_ids, response_ids=ids, finished=finished,
-                   text=text, reward=reward, grader_failed=failed, sampler_logprobs=logprobs)
-            for (problem, index), (ids, logprobs, finished), text, (reward, failed)
-            in zip(mine, responses, texts, grades)]
-
-    return deal(requests, draw_mine)
-
-
-def _seed(*key: int) -> int:
-    """A 64-bit seed, from a hash of `key`: other keys, other random numbers."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-def as_rows(samples: list[Sample], problems: list[Problem]) -> list[dict]:
-    """What is kept of each sample, as a JSON object."""
-    references = {problem.id: problem.answer for problem in problems}
-    return [{
-        "problem": s.problem, "index": s.index, "response": s.text, "tokens": len(s.response_ids),
-        "answer": extract_boxed(s.text), "reference": references[s.problem], "score": s.reward,
-        "grader_failed": s.grader_failed, "finish_reason": "stop" if s.finished else "length",
-    } for s in samples]
-
-
-def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
-    """Policy's inputs: input_ids and mask, (batch, time) each."""
-    rows = {"input_ids": [], "mask": []}
-    for sample in samples:
-        ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.response_ids])).long()
-        rows["input_ids"].append(ids)
-        rows["mask"].append(torch.arange(len(ids)) >= len(sample.prompt_ids))
-    return {name: pad_sequence(row, batch_first=True).to(device) for name, row in rows.items()}
-
-
-@torch.no_grad()
-def fill_logprobs(policy: Policy, samples: list[Sample], max_tokens: int, with_norms=False,
-                  into="old_logprobs") -> None:
-    """Fill in an attribute of each sample with its log-probs; with_norms: head_grad_norm as well.
-
-    The work is shared out over the ranks, at most `max_tokens` padded tokens at a time. Ranks that
-    run out go on with a sample that counts for nothing: FSDP2 waits for all.
-    """
-    lengths = [sample.total_tokens for sample in samples]
-    mine = micro_batches(lengths, dist.get_world_size(), max_tokens)[dist.get_rank()]
-    scored = []
-    for rows in mine:
-        batch = [samples[i] for i in rows or [np.argmin(lengths)]]
-        logprobs, norms = policy(**collate(batch, policy.device), with_norms=with_norms)
-        rows_of_logprobs = logprobs.cpu().split([len(sample.response_ids) for sample in batch])
-        copies = [row.numpy().copy() for row in rows_of_logprobs]  # not views of the whole batch
-        scored += zip(rows, copies, norms.tolist() if with_norms else [0.0] * len(batch))
-    for i, logprobs, norm in gather(scored):
-        setattr(samples[i], into, logprobs)
-        if with_norms:
-            samples[i].head_grad_norm = norm

@@ -1,9 +1,12 @@
 """Where does allocation pay? Methods compared at equal samples, updates and evaluations, each with its own best flags.
 
     python figures/experiment.py run --minutes 60 --jobs 2      # what is missing in experiment.jsonl; again any time
-    python figures/experiment.py table                          # README's table, from experiment.jsonl; all with the
-                                                                # seeds that the oracle has: --seeds 5
+    python figures/experiment.py table                          # the table of figures/README.md, from experiment.jsonl,
+                                                                # or with the seeds that the oracle has: --seeds 5
+    python figures/experiment.py short                          # the table of README.md, a part of it
     python figures/experiment.py figure                         # README's figure, likewise
+    python figures/experiment.py defaults --minutes 60          # what the defaults were chosen by: runs what is
+                                                                # missing, and prints the table
 
 A step draws 64 samples and makes one update. For every method by itself, in the mix `usual` and on seeds that are
 not reported, first the learning rate is tuned, with 16 prompts x 4 samples, then the split, at the best rate; the best
@@ -34,16 +37,18 @@ from data import read_rows  # noqa: E402
 RECORDS = Path(__file__).with_suffix(".jsonl")
 
 MIXES = {"usual": "train.jsonl", "spared": "spared.jsonl", "hard": "hard.jsonl"}  # in tests/toy
-METHODS = {  # (flags, what takes the place of gvm.draw_step)
+DAMPED = ["--alpha", 0.01]  # and the rule that fits the objective: see flags
+METHODS = {  # (flags, what takes the place of gvm.e_step); all flags that a method depends on are spelled out
     "uniform": (["--allocator", "uniform"], None),
     "dynamic": (["--allocator", "uniform"], methods.mixed_only),
-    "published": (["--allocator", "gvm", "--no-predict", "--alpha", 0.001], None),  # the pilot is half of the budget
-    "rounds": ([], methods.rounds),
-    "predicted": ([], None),
-    "wider pool": ([], None),  # and four times as many candidates: see flags
-    "oracle": ([], methods.oracle),  # likewise
+    "published": (["--allocator", "gvm", "--alpha", 0.001], None),  # the pilot is half of the budget: see flags
+    "fitting rule": (["--alpha", 0.001], None),  # likewise, but GRPO's: the rule that fits the objective
+    "rounds": (DAMPED, methods.rounds),
+    "predicted": (DAMPED, None),  # and as many candidates as prompts: see flags
+    "wider pool": (DAMPED, None),  # and four times as many
+    "oracle": (DAMPED, methods.oracle),  # likewise
     # Its pilot is not counted here either, and it makes more updates; the other has as many, and nothing else of it.
-    "released": (["--allocator", "gvm", "--no-predict", "--alpha", 0.001, "--weighting", "token",
+    "released": (["--allocator", "gvm", "--alpha", 0.001, "--weighting", "token",
                   "--pilot-samples", 8, "--e-step-every", 9, "--updates-per-step", 8], None),
     "uniform, 8 updates": (["--allocator", "uniform", "--updates-per-step", 8], None),
 }
@@ -54,11 +59,16 @@ SHOWN = {  # in the figure
     "rounds": ("GVM with rounds", {"color": "grey", "linestyle": "-", "marker": "v", "markersize": 4}),
     "wider pool": ("GVM, p predicted", {"color": "black", "linestyle": "-", "marker": "D", "markersize": 4}),
 }
+SHORT = ("uniform", "published", "wider pool", "oracle")  # in README's table
 NOT_TUNED = {"oracle": "wider pool", "released": "uniform", "uniform, 8 updates": "uniform"}  # whose setting they have
 RATES = (1.5e-4, 3e-4, 6e-4)
 MIDDLE_SPLIT, SPLITS = (16, 4), ((8, 8), (32, 2))  # prompts, samples of each
 TUNING_SEEDS, STEPS, EVAL_EVERY = (100, 101), 120, 20
-EVAL_SAMPLES = {"tune": 5, "report": 10, "where": 1}  # of each problem; tuning looks at the mean of six evaluations
+EVAL_SAMPLES = {"tune": 5, "report": 10, "where": 1, "defaults": 10}  # of each problem
+CANDIDATES = [("raft", "published", 16, 4), ("raft", "uniform", 16, 4), ("grpo", "published", 16, 4),  # for defaults
+              ("grpo", "published", 8, 8), ("grpo", "fitting rule", 16, 4), ("grpo", "fitting rule", 8, 8),
+              ("grpo", "uniform", 16, 4)]
+DEFAULT_SEEDS, DEFAULT_STEPS, DEFAULT_EVERY = (300, 301, 302, 303), 60, 10
 SEEDS = {"usual": range(10), "spared": range(5), "hard": range(5)}
 SEEDS_NOT_TUNED = {"usual": range(5), "spared": (), "hard": ()}
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile with 1 to 9 degrees
@@ -67,12 +77,16 @@ KEY = ("stage", "objective", "method", "mix", "rate", "prompts", "samples", "see
 
 def flags(spec: dict, out: Path, steps: int, eval_samples: int) -> list[str]:
     """The command line of a run, for raft.py or grpo.py."""
-    pilot, wider = ["--pilot-samples", spec["samples"] // 2], ["--candidates-per-step", 4 * spec["prompts"]]
-    more = {"published": pilot, "wider pool": wider, "oracle": wider}.get(spec["method"], [])
+    pilot = ["--pilot-samples", spec["samples"] // 2]
+    fitting = ["--allocator", {"raft": "gvm", "grpo": "reward"}[spec["objective"]]]
+    pool, wider = (["--candidates-per-step", times * spec["prompts"], *fitting] for times in (1, 4))
+    more = {"published": pilot, "fitting rule": pilot + fitting, "rounds": fitting, "predicted": pool,
+            "wider pool": wider, "oracle": wider}
+    eval_every = DEFAULT_EVERY if spec["stage"] == "defaults" else EVAL_EVERY
     words = ["--data", ROOT / "tests" / "toy" / MIXES[spec["mix"]], "--prompts-per-step", spec["prompts"],
              "--samples-per-prompt", spec["samples"], "--updates-per-step", 1, "--lr", spec["rate"], "--steps", steps,
-             "--eval-every", EVAL_EVERY, "--eval-samples", eval_samples, "--save-every", steps, "--seed", spec["seed"],
-             "--out", out, *METHODS[spec["method"]][0], *more]
+             "--eval-every", eval_every, "--eval-samples", eval_samples, "--save-every", steps, "--seed", spec["seed"],
+             "--out", out, *METHODS[spec["method"]][0], *more.get(spec["method"], [])]
     return [str(word) for word in words]
 
 
@@ -82,16 +96,16 @@ def worker(objective: str, method: str, words: list[str]) -> None:
     import gvm
     import raft
 
-    draw, drawn = gvm.SampleSource.draw, Counter()
+    draw, drawn = gvm.SampleSource.sample_and_grade, Counter()
 
     def draw_and_count(*arguments, **more) -> list:
         samples = draw(*arguments, **more)
         drawn.update(sample.problem for sample in samples)
         return samples
 
-    gvm.SampleSource.draw = draw_and_count
-    if draw_step := METHODS[method][1]:
-        raft.draw_step = draw_step
+    gvm.SampleSource.sample_and_grade = draw_and_count
+    if METHODS[method][1]:
+        raft.e_step = METHODS[method][1]
     {"raft": raft, "grpo": grpo}[objective].main(words)
     Path(words[words.index("--out") + 1], "drawn.json").write_text(json.dumps(drawn))
 
@@ -256,6 +270,36 @@ def table(records: list[dict], most_seeds: int = 10) -> str:
     return "\n".join(lines)
 
 
+def short_table(records: list[dict]) -> str:
+    """Markdown: of `table`, the methods that README names, in the mix `usual`; what users pay in comes first."""
+    lines = ["| objective | method | thousand tokens to 0.60 | final accuracy | speed in tokens | speed in samples |"]
+    lines.append("|---" * 6 + "|")
+    for row in table(records).splitlines()[2:]:
+        objective, mix, method, _, _, tokens, final, _, samples_speed, tokens_speed = row[2:-2].split(" | ")
+        if mix == "usual" and method.split(",")[0] in SHORT and "updates" not in method:
+            cells = [objective, method, tokens.split(",")[0], final, tokens_speed, samples_speed]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def defaults(records: list[dict]) -> tuple[list[dict], str]:
+    """(short runs that are missing, a table in Markdown of those that are there): what defaults were chosen by."""
+    lines = ["| objective | method | split | rate | mean accuracy over the run | at its end | thousand tokens |"]
+    lines.append("|---" * 7 + "|")
+    there, missing = {tuple(record[name] for name in KEY): record["curve"] for record in records}, []
+    for (objective, method, prompts, samples), rate in product(CANDIDATES, RATES):
+        keys = [("defaults", objective, method, "usual", rate, prompts, samples, seed) for seed in DEFAULT_SEEDS]
+        missing += [dict(zip(KEY, key)) for key in keys if key not in there]
+        curves = [there[key] for key in keys if key in there]
+        if curves:
+            means = [np.mean([accuracy for *_, accuracy in curve[1:]]) for curve in curves]
+            ends, tokens = [curve[-1][-1] for curve in curves], [curve[-1][2] / 1000 for curve in curves]
+            cells = [objective, f"{method}, {len(curves)} seeds", f"{prompts} x {samples}", f"{rate:g}"]
+            cells += [f"{np.mean(means):.3f}", f"{np.mean(ends):.3f}", f"{np.mean(tokens):.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return missing, "\n".join(lines)
+
+
 def figure(records: list[dict], path: Path) -> None:
     """In the mix `usual`: accuracy against samples, of RAFT and GRPO; and where the samples of 60 RAFT steps went."""
     from matplotlib import pyplot as plt
@@ -298,23 +342,28 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("run", "where", "table", "figure"))
+    add("what", choices=("run", "where", "table", "short", "figure", "defaults"))
     add("--minutes", type=float, default=60.0, help="no run is begun after them")
     add("--jobs", type=int, default=2, help="runs at a time, one core each")
     add("--seeds", type=int, default=10, help="in the table, the first of each method's, at most")
     add("--records", type=Path, default=RECORDS, help="where runs are kept")
     add("--objectives", nargs="+", choices=("raft", "grpo"), default=("raft", "grpo"))
-    add("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
+    add("--methods", nargs="+", choices=METHODS, default=tuple(name for name in METHODS if name != "fitting rule"))
     add("--mixes", nargs="+", choices=MIXES, default=tuple(MIXES))
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
 
     def run_and_keep(spec: dict) -> None:
         if time.monotonic() < deadline:
-            append(args.records, run(spec))
+            append(args.records, run(spec, DEFAULT_STEPS if spec["stage"] == "defaults" else STEPS))
 
     if args.what == "where":
         where(args.records)
+    if args.what == "defaults":
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(run_and_keep, defaults(read(args.records))[0]))
+        print(defaults(read(args.records))[1])
+        return
     while args.what == "run" and time.monotonic() < deadline:
         specs = wanted(read(args.records), args.objectives, args.methods, args.mixes)
         if not specs:
@@ -323,6 +372,8 @@ def main() -> None:
             list(pool.map(run_and_keep, specs))
     if args.what == "figure":
         figure(read(args.records), RECORDS.with_suffix(".png"))
+    elif args.what == "short":
+        print(short_table(read(args.records)))
     else:
         print(table(read(args.records), args.seeds))
 

@@ -1,4 +1,4 @@
-"""Ways to spend a step's samples that only figures/experiment.py needs: each takes the place of gvm.draw_step.
+"""Ways to spend a step's samples that only figures/experiment.py needs: each takes the place of gvm.e_step.
 
 They are what the modules are compared with; `rounds` is what they did before prediction did better.
 """
@@ -8,12 +8,14 @@ from functools import partial
 import numpy as np
 
 import gvm
-from allocator import LOG_P, LOG_Q, allocate, allocate_or_leave
+from allocator import allocate, allocate_or_leave
+from metrics import describe_step
+from predictor import LOG_P, LOG_Q
 
 
 def mixed_only(problems, step, state, source, args) -> tuple:
     """Uniform; prompts with equal rewards are dropped from the update (DAPO), and what they cost is counted."""
-    batch, samples, metrics = gvm.draw_step(problems, step, state, source, args)
+    batch, samples, metrics = gvm.e_step(problems, step, state, source, args)
     rewards = {problem.id: {s.reward for s in samples if s.problem == problem.id} for problem in batch}
     mixed = [problem for problem in batch if len(rewards[problem.id]) > 1]
     return mixed, [sample for sample in samples if len(rewards[sample.problem]) > 1], metrics
@@ -21,38 +23,40 @@ def mixed_only(problems, step, state, source, args) -> tuple:
 
 def shrunk_weights(table: dict, args) -> np.ndarray:
     """What --allocator's rule makes of a table, averaged over what p may be: weights, (problems,)."""
-    rule = partial(gvm.RULES[args.allocator], args=args)
+    rule = partial(gvm.RULES[args.allocator].weights, args=args)
     return posterior_weights(rule, *(table[name] for name in ("num_right", "num_drawn", "norm_right", "norm_wrong")))
 
 
 def oracle(problems, step, state, source, args) -> tuple:
-    """The ceiling of prediction: p and G of all candidates from 2048 more samples, which are neither counted nor used."""
+    """The ceiling of prediction: p and G of all candidates, from 2048 more samples, neither counted nor used."""
     batch = gvm.problems_of_step(problems, step, args)
-    known = source.draw(batch, np.full(len(batch), 2048 // len(batch)), step, first_index=1000, with_norms=True)
+    many = np.full(len(batch), 2048 // len(batch))
+    known = source.sample_and_grade(batch, many, step, first_index=1000, with_norms=True)
     weights = shrunk_weights(gvm.estimate(known, batch, args.weighting), args)
     counts = allocate_or_leave(weights, args.prompts_per_step * args.samples_per_prompt,
-                               smallest=1 if args.objective == "raft" else 2)
-    samples = source.draw(batch, counts, step)
+                               smallest=source.smallest_group)
+    samples = source.sample_and_grade(batch, counts, step)
     served = [batch[i] for i in np.flatnonzero(counts)]
-    return served, samples, gvm.describe(served, samples, [])
+    return served, samples, describe_step(served, samples, drawn=samples)
 
 
 def rounds(problems, step, state, source, args) -> tuple:
     """No prediction: see draw_in_rounds."""
     batch = gvm.problems_of_step(problems, step, args)
     samples = draw_in_rounds(batch, step, source, args)
-    return batch, samples, gvm.describe(batch, samples, [])
+    return batch, samples, describe_step(batch, samples, drawn=samples)
 
 
 def draw_in_rounds(batch, step, source, args) -> list:
     """A pilot of two, or of half of the budget; the rest in three equal rounds, each of which knows more."""
     pilot = np.full(len(batch), min(args.samples_per_prompt // 2, 2))
-    samples = source.draw(batch, pilot, step, with_norms=True)
+    samples = source.sample_and_grade(batch, pilot, step, with_norms=True)
     for rounds_left in (3, 2, 1):
         table = gvm.estimate(samples, batch, args.weighting)
         drawn, left = table["num_drawn"], args.samples_per_prompt * len(batch) - len(samples)
         counts = allocate(shrunk_weights(table, args), len(samples) + left // rounds_left, drawn)
-        samples += source.draw(batch, counts - drawn, step, first_index=drawn, with_norms=rounds_left > 1)
+        samples += source.sample_and_grade(
+            batch, counts - drawn, step, first_index=drawn, with_norms=rounds_left > 1)
     return samples
 
 

@@ -21,12 +21,14 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from conftest import flags  # noqa: E402
 
-from allocator import Predictor, allocate, gvm_weights  # noqa: E402
+from allocator import allocate, gvm_weights  # noqa: E402
+from batches import collate, distribute, micro_batches  # noqa: E402
 from data import Sample, encode_prompt, load_problems  # noqa: E402
-from model import Policy, distribute, load_model, micro_batches  # noqa: E402
-from raft import update  # noqa: E402
+from model import Policy, load_model  # noqa: E402
+from predictor import Predictor  # noqa: E402
+from raft import optimizer_step  # noqa: E402
 from run import join_ranks  # noqa: E402
-from sampler import HfSampler, collate  # noqa: E402
+from sampler import HfSampler  # noqa: E402
 
 
 def seconds(function, repeats: int) -> float:
@@ -53,7 +55,7 @@ def norms_by_autograd(policy: Policy, samples: list[Sample]) -> list[float]:
     """The head's gradient norm, one forward and backward pass a sample."""
     head, norms = policy.model.get_output_embeddings().weight, []
     for sample in samples:
-        logprobs, _ = policy(**collate([sample], head.device))
+        logprobs = policy(**collate([sample], head.device))
         norms.append(torch.autograd.grad(-logprobs.sum(), head)[0].norm().item())
     return norms
 
@@ -63,8 +65,9 @@ def forward(policy: Policy, samples: list[Sample], budget: int, norms: bool) -> 
     found = [0.0] * len(samples)
     with torch.no_grad():
         for rows in micro_batches([sample.total_tokens for sample in samples], 1, budget)[0]:
-            _, values = policy(**collate([samples[i] for i in rows], torch.device("cpu")), with_norms=norms)
-            for i, value in zip(rows, values if norms else [0.0] * len(rows)):
+            batch = collate([samples[i] for i in rows], torch.device("cpu"))
+            values = policy.logprobs_and_norms(**batch)[1] if norms else [policy(**batch).sum()] * len(rows)
+            for i, value in zip(rows, values):
                 found[i] = float(value)
     return found
 
@@ -84,7 +87,7 @@ def bench_model(name: str, args, number: int, repeats: int) -> None:
         sample.old_logprobs = np.full(len(sample.response_ids), -1.0, np.float32)
         sample.advantage = sample.loss_weight = 1.0
     ddp_policy, optimizer = distribute(policy), torch.optim.AdamW(policy.parameters(), lr=0.0)
-    trained = seconds(lambda: update(ddp_policy, optimizer, samples, args), repeats)
+    trained = seconds(lambda: optimizer_step(ddp_policy, optimizer, samples, args, on_policy=False), repeats)
     print(f"{name}: {number} samples, {tokens} response tokens, {torch.get_num_threads()} threads")
     print(f"  log-prob forward              {without:8.3f} s")
     print(f"  with closed-form norms        {with_norms:8.3f} s   +{with_norms / without - 1:.0%}")

@@ -31,7 +31,8 @@ import grpo  # noqa: E402 (the project's modules lie one folder up)
 import raft  # noqa: E402
 import run  # noqa: E402
 import sampler  # noqa: E402
-from data import INSTRUCTION, PLAIN_TEMPLATE, SYSTEM_PROMPT, TOY, Grader  # noqa: E402
+from data import INSTRUCTION, PLAIN_TEMPLATE, SYSTEM_PROMPT, TOY  # noqa: E402
+from grader import Grader  # noqa: E402
 from gvm import problems_of_step  # noqa: E402
 from model import Policy, load_model  # noqa: E402
 
@@ -118,23 +119,23 @@ def words(args, out) -> list[str]:
 
 def run_here(args, out: Path) -> dict:
     """The result of a run of grpo.py."""
-    meter, draw_step, update = Meter(Policy, "forward"), raft.draw_step, raft.update
+    meter, e_step, optimizer_step = Meter(Policy, "forward"), raft.e_step, raft.optimizer_step
 
     def draw(*arguments):
         if not meter.marks:
             meter.mark()
-        batch, samples, metrics = draw_step(*arguments)
+        batch, samples, metrics = e_step(*arguments)
         meter.counts["samples"] += len(samples)
         meter.counts["drawn"] += sum(len(sample.response_ids) for sample in samples)
         return batch, samples, metrics
 
-    def train(ddp_policy, optimizer, samples, flags):
-        metrics = update(ddp_policy, optimizer, samples, flags)
+    def train(learner, optimizer, samples, flags, on_policy):
+        metrics = optimizer_step(learner, optimizer, samples, flags, on_policy)
         meter.counts["trained"] += sum(len(sample.response_ids) for sample in samples)
         meter.mark()
         return metrics
 
-    raft.draw_step, raft.update = draw, train
+    raft.e_step, raft.optimizer_step = draw, train
     Path(f"{out}.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')  # it evaluates at both ends
     grpo.main(words(args, out))
     return meter.result()

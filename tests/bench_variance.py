@@ -38,18 +38,23 @@ from tqdm import tqdm  # noqa: E402
 import grpo  # noqa: E402
 import gvm  # noqa: E402
 import methods  # noqa: E402 (in figures/)
-from allocator import Predictor, allocate, allocate_or_leave, reward_weights  # noqa: E402
-from data import Grader, Sample  # noqa: E402
-from gvm import SampleSource, estimate, pilot_step, predicted_step, problems_of_step, prompt_states  # noqa: E402
+from allocator import allocate, allocate_or_leave, reward_weights  # noqa: E402
+from batches import collate, fill_norms, prompt_states  # noqa: E402
+from checkpoint import RunState  # noqa: E402
+from data import Sample, load_prompts  # noqa: E402
+from grader import Grader  # noqa: E402
+from gvm import SampleSource, e_step, estimate, predicted_step, problems_of_step  # noqa: E402
+from losses import OBJECTIVES, loss_weights  # noqa: E402
 from model import Policy, load_model  # noqa: E402
-from raft import OBJECTIVES, loss_weights  # noqa: E402
-from run import RunState, join_ranks  # noqa: E402
-from sampler import HfSampler, collate, draw, fill_logprobs, load_prompts  # noqa: E402
+from predictor import Predictor  # noqa: E402
+from run import join_ranks  # noqa: E402
+from sampler import HfSampler, draw  # noqa: E402
 
-flags = partial(conftest.flags, add_flags=grpo.add_flags)  # which are raft.py's as well
+flags = partial(conftest.settled, add_flags=grpo.add_flags)  # which are raft.py's as well
 
 PROBLEMS, POPULATION, SKETCH, ESTIMATES = 64, 1024, 1024, 600
 
+DAMPED = ["--alpha", 0.01]  # in all of the table
 POOL = ["--data", ROOT / "tests" / "toy" / "spared.jsonl", "--prompts-per-step", PROBLEMS, "--samples-per-prompt", 8]
 LIKELIHOODS = ("log-likelihood", "... damped")
 ESTIMATORS = {  # the objective, and the rule that fits it
@@ -59,7 +64,7 @@ ESTIMATORS = {  # the objective, and the rule that fits it
     "reward, dr": ["--objective", "grpo", "--allocator", "reward", "--advantage", "dr"],
     "reward, grpo": ["--objective", "grpo", "--allocator", "reward", "--advantage", "grpo"],
 }
-PILOT = ["--no-predict", "--pilot-samples", 4]
+PILOT = ["--pilot-samples", 4]
 RULES = {
     "uniform": ["--allocator", "uniform"],
     "gvm plug-in": ["--allocator", "gvm", *PILOT],
@@ -79,7 +84,7 @@ def divided_rule(group_size: int):
     return rule
 
 
-gvm.RULES |= {"groups of 8": divided_rule(8), "large groups": divided_rule(1_000_000)}
+gvm.RULES |= {"groups of 8": gvm.Rule(divided_rule(8)), "large groups": gvm.Rule(divided_rule(1_000_000))}
 DIVIDED = {"uniform": RULES["uniform"], "reward rounds": RULES["reward rounds"]} | {
     f"{name} rounds": ["--allocator", name] for name in ("groups of 8", "large groups")}
 
@@ -97,7 +102,7 @@ class Pool:
             self.samples[place] = sample
             sample.index = place
         self.places = np.reshape(places, (len(problems), POPULATION))
-        fill_logprobs(policy, self.samples, 16384, with_norms=True)
+        fill_norms(policy, self.samples, 16384)
         self.right = np.array([sample.reward > 0 for sample in self.samples])
         self.gradients, lengths = sketch(policy, self.samples)  # of -sum_t ln pi: (samples, SKETCH)
         ratios = np.linalg.norm(self.gradients, axis=1) / lengths
@@ -122,7 +127,7 @@ class Pool:
 
     def damping(self, problems: np.ndarray) -> np.ndarray:
         """(1 + alpha / p^beta)^(-1/2), (problems,), with --alpha and --beta as they come."""
-        args = flags(*sys.argv[1:])
+        args = flags(*DAMPED, *sys.argv[1:])
         return 1 / np.sqrt(1 + args.alpha / np.maximum(self.rates(problems), 1e-9) ** args.beta)
 
 
@@ -146,7 +151,7 @@ def known_counts(pool: Pool, chosen: np.ndarray, args) -> np.ndarray:
     """The counts of the rule that --allocator names if p and G are those of the population, (problems,)."""
     samples = [pool.samples[place] for place in pool.places[chosen].ravel()]
     known = estimate(samples, [pool.problems[i] for i in chosen], args.weighting)
-    weights = gvm.RULES[args.allocator](pool.rates(chosen), known["norm_right"], known["norm_wrong"], args)
+    weights = gvm.RULES[args.allocator].weights(pool.rates(chosen), known["norm_right"], known["norm_wrong"], args)
     return allocate(weights, len(chosen) * args.samples_per_prompt)
 
 
@@ -154,14 +159,15 @@ def foretell(policy: Policy, sampler, grader, problems, others) -> dict[str, np.
     """By rule: weights, (problems,), of a predictor that has learnt from 40 steps of 64 samples of other problems."""
     found = {}
     for rule, objective in (("gvm", "raft"), ("reward", "grpo")):
-        words = ["--allocator", rule, "--objective", objective, "--prompts-per-step", 16, "--samples-per-prompt", 4]
-        args, state = flags(*words), RunState()
-        source = SampleSource(policy, sampler, grader, args)
+        words = ["--allocator", rule, "--objective", objective, "--prompts-per-step", 16, "--samples-per-prompt", 4,
+                 "--candidates-per-step", 16]
+        args, state = flags(*DAMPED, *words), RunState()
+        source = SampleSource(policy, sampler, grader, args, OBJECTIVES[objective].smallest_group)
         for step in range(1, 41):
             predicted_step(problems_of_step(others, step, args), step, state, source, args)
         predictor = Predictor(state.predictor)
         features = predictor.features(prompt_states(policy, problems, args.tokens_per_micro_batch))
-        _, found[rule] = predictor.weights(features, partial(gvm.RULES[rule], args=args))
+        _, found[rule] = predictor.weights(features, partial(gvm.RULES[rule].weights, args=args))
     return found
 
 
@@ -170,30 +176,32 @@ def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> tupl
 
     Also what they say in the mean of each problem's E[A r], (problems,): with the baseline p it is p (1 - p).
     """
-    args = flags(*POOL, *ESTIMATORS[estimator], *(RULES | DIVIDED)[rule], *sys.argv[1:])
+    args = flags(*DAMPED, *POOL, *ESTIMATORS[estimator], *(RULES | DIVIDED)[rule], *sys.argv[1:])
     problems, generator = [pool.problems[i] for i in chosen], np.random.default_rng(1)
 
     class FromPool(SampleSource):
-        def draw(self, _, counts, step, first_index=0, with_norms=False) -> list[Sample]:
-            places = [generator.choice(pool.places[i], count) for i, count in zip(chosen, counts)]
+        def sample_and_grade(self, problems, counts, step, first_index=0, with_norms=False) -> list[Sample]:
+            places = [generator.choice(pool.places[chosen[row_of[problem.id]]], count)
+                      for problem, count in zip(problems, counts)]
             return [pool.samples[place] for place in np.concatenate(places)]
 
-    source = FromPool(None, None, None, args)
+    smallest = OBJECTIVES[args.objective].smallest_group
+    source, args.prompts_per_step = FromPool(None, None, None, args, smallest), len(problems)
+    row_of = {problem.id: row for row, problem in enumerate(problems)}
 
     fixed = known_counts(pool, chosen, args) if rule == "oracle" else np.full(len(chosen), args.samples_per_prompt)
     if rule.endswith("predicted"):
-        smallest = 1 if args.objective == "raft" else 2
         fixed = allocate_or_leave(pool.foretold[args.allocator][chosen], fixed.sum(), smallest)
     found, signal = np.zeros((ESTIMATES, SKETCH)), np.zeros(len(chosen))
-    row_of, damping = {problem.id: row for row, problem in enumerate(problems)}, pool.damping(chosen)
+    damping = pool.damping(chosen)
     for row in found:
         if rule in ("uniform", "oracle") or rule.endswith("predicted"):
-            samples = source.draw(problems, fixed, step=1)
+            samples = source.sample_and_grade(problems, fixed, step=1)
         elif rule.endswith("rounds"):
             samples = methods.draw_in_rounds(problems, 1, source, args)
         else:
-            _, samples = pilot_step(problems, 1, source, args)
-        advantages, used = OBJECTIVES[args.objective](samples, args)
+            _, samples, _ = e_step(problems, 1, RunState(), source, args)
+        advantages, used = OBJECTIVES[args.objective].advantages(samples, args)
         weights = loss_weights(samples, used, len(problems), args.weighting)
         mean_length = np.mean([len(sample.response_ids) for sample in samples])  # a common scale: taken out again
         terms, owners = advantages * weights * mean_length, [row_of[sample.problem] for sample in samples]
@@ -287,7 +295,7 @@ def left_out(pool: Pool) -> None:
             counts = counts_of()
             places = np.concatenate([generator.choice(pool.places[i], counts[i]) for i in range(PROBLEMS)])
             samples = [pool.samples[place] for place in places]
-            advantages, used = OBJECTIVES["grpo"](samples, args)
+            advantages, used = OBJECTIVES["grpo"].advantages(samples, args)
             weights = loss_weights(samples, used, (counts > 0).sum(), args.weighting)
             row += advantages * weights @ pool.gradients[places]
         squares, total = (found**2).sum(axis=1), found.sum(axis=0)

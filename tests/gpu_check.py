@@ -38,9 +38,11 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 import raft  # noqa: E402
 import run  # noqa: E402
-from data import TOY, Sample, extract_boxed  # noqa: E402
-from model import Policy, distribute, load_model, whole  # noqa: E402
-from sampler import EVALUATION, HfSampler, VllmSampler, collate, draw, fill_logprobs, load_prompts  # noqa: E402
+from answers import extract_boxed  # noqa: E402
+from batches import collate, distribute, fill_logprobs, gather_tensor  # noqa: E402
+from data import TOY, Sample, load_prompts  # noqa: E402
+from model import Policy, load_model  # noqa: E402
+from sampler import EVALUATION, HfSampler, VllmSampler, draw  # noqa: E402
 
 LINE = "{:66} | {:18} | {:14} | {}"
 Row = namedtuple("Row", "check measured expected ok", defaults=("-", True))  # texts, and whether it is as expected
@@ -52,7 +54,7 @@ def at_most(check: str, value: float, bound: float) -> Row:
 
 
 class PlainGrader(ExitStack):
-    """Used like data.Grader, for (score, failed) of each response. Compares text, which will do for the toy."""
+    """Used like grader.Grader, for (score, failed) of each response. Compares text, which will do for the toy."""
 
     def __call__(self, responses: list[str], answers: list[str]) -> list[tuple[float, bool]]:
         return [(float(extract_boxed(text) == answer), False) for text, answer in zip(responses, answers, strict=True)]
@@ -69,7 +71,7 @@ def toy(device: torch.device, args, number: int = 64, kind=HfSampler) -> tuple:
     policy, sampler = Policy(model), kind(model, tokenizer, args)
     problems = load_prompts(args.data, args.split, tokenizer, args, number)
     samples = draw(sampler, PlainGrader(), problems, [1] * number, seed_key=(0, EVALUATION, 0), temperature=1.0)
-    fill_logprobs(policy, samples, args.tokens_per_micro_batch)
+    fill_logprobs(policy, samples, args.tokens_per_micro_batch, into="old_logprobs")
     return policy, sampler, problems, samples
 
 
@@ -122,7 +124,7 @@ def bf16_against_fp32(device, options) -> list[Row]:
     gaps = np.concatenate([np.abs(sample.old_logprobs - sample.ref_logprobs) for sample in samples])
     [trained], gradients = raft.split_updates(problems, samples, args), []
     for one in (policy, copy):
-        raft.micro_batch_loss(one, trained, args)[0].backward()
+        raft.micro_batch_loss(one, trained, args, on_policy=True)[0].backward()
         gradients.append(torch.cat([p.grad.flatten().cpu().double() for p in one.parameters()]))
     distance = 1 - torch.cosine_similarity(*gradients, dim=0).item()
     # What autocast to bf16 makes of them on a CPU: 0.002, 0.09, 0.0003.
@@ -170,7 +172,7 @@ def training_cost(device, options, checkpointing: bool) -> list[Row]:
     config, args, predicted = shape(device, checkpointing)
     policy, samples = random_policy(config, args, device)
     optimizer, lengths = torch.optim.AdamW(policy.parameters(), lr=0, fused=is_cuda), [s.total_tokens for s in samples]
-    step = functools.partial(raft.update, distribute(policy), optimizer, samples, args)
+    step = functools.partial(raft.optimizer_step, distribute(policy), optimizer, samples, args, on_policy=True)
     if not step().get("updates"):  # the first makes AdamW's state; after it DDP makes its buckets anew
         raise RuntimeError("the gradient is not finite")
     taken, size, share = seconds(step, device), ("not measured", f"{predicted / 1e9:.2f}"), "-"
@@ -193,12 +195,12 @@ def norm_errors(policy: Policy, samples: list[Sample], name: str) -> list[Row]:
     in_bf16 = functools.partial(torch.autocast, kind, torch.bfloat16, cache_enabled=False)
     with in_bf16(enabled=kind == "cuda"):
         states = policy.model.base_model(batch["input_ids"], use_cache=False)
-    is_target = batch["mask"][:, 1:]
+    is_target = batch["response_mask"][:, 1:]
     hidden, targets = states.last_hidden_state[:, :-1][is_target].float(), batch["input_ids"][:, 1:][is_target]
     lengths = is_target.sum(dim=1).tolist()
-    exact = policy._logprobs_and_norms(hidden, targets, lengths)[1]  # (samples,)
+    exact = policy._head_norms(hidden, targets, lengths)[1]  # (samples,)
     with in_bf16():
-        rounded, products = policy._logprobs_and_norms(hidden, targets, lengths)[1], []
+        rounded, products = policy._head_norms(hidden, targets, lengths)[1], []
     for row_hidden, row_targets in zip(hidden.split(lengths), targets.split(lengths)):
         gradient = 0.0
         for h, y in zip(row_hidden.split(policy.head_chunk), row_targets.split(policy.head_chunk)):
@@ -218,9 +220,9 @@ def norms(device, options) -> list[Row]:
     rows = norm_errors(policy, samples, "toy")
     config, args, _ = shape(device, checkpointing=True)  # all rows
     policy, samples = random_policy(config, args, device)
-    call = functools.partial(policy, **collate(samples, device))
+    batch = collate(samples, device)
     with torch.no_grad():
-        without, taken = (seconds(functools.partial(call, with_norms=on), device) for on in (False, True))
+        without, taken = (seconds(functools.partial(call, **batch), device) for call in (policy, policy.logprobs_and_norms))
     return [*rows, *norm_errors(policy, samples, "random weights"),
             Row("norms, random weights: share of a forward pass", f"{taken / without - 1:.0%} of {without:.3g} s")]
 
@@ -234,8 +236,8 @@ def fsdp_equals_ddp(device, options) -> list[Row]:
         args.fsdp, policy = fsdp, Policy(load_model(args, device)[0])
         before = [parameter.detach().clone() for parameter in policy.parameters()]
         learner = distribute(policy, args.fsdp)
-        raft.update(learner, torch.optim.SGD(policy.parameters(), lr=1.0), trained, args)
-        changes.append([whole(p.detach()) - old for p, old in zip(policy.parameters(), before, strict=True)])
+        raft.optimizer_step(learner, torch.optim.SGD(policy.parameters(), lr=1.0), trained, args, on_policy=True)
+        changes.append([gather_tensor(p.detach()) - old for p, old in zip(policy.parameters(), before, strict=True)])
     worst = max(((b - a).abs().max() / a.abs().max()).item() for a, b in zip(*changes))
     return [at_most("FSDP2 against DDP, one rank: an update's changes", worst, 1e-4 if device.type == "cuda" else 1e-6)]
 

@@ -152,7 +152,7 @@ WHOLE = [
 
 def compare() -> None:
     """Print where the grader, and Math-Verify as it comes (its own extraction, both readers), leave the table."""
-    from data import Grader
+    from grader import Grader
 
     cases = [(f"\\boxed{{{boxed}}}", answer, score) for boxed, answer, score in BOXED] + WHOLE
     with Grader() as grader:

@@ -11,12 +11,14 @@ import torch.distributed as dist
 from conftest import flags, m_step, make_sample
 
 import grpo
-from data import Grader, InputError, Problem
-from gvm import prompt_states
-from model import Policy, distribute, load_model, load_optimizer, newest_checkpoint, save_checkpoint, whole
+from batches import distribute, fill_logprobs, fill_norms, gather_tensor, prompt_states
+from checkpoint import load_optimizer, newest_checkpoint, save_checkpoint
+from data import Problem, compare_problems, load_prompts
+from grader import Grader
+from model import Policy, load_model
 from raft import split_updates, train_step
-from run import RunState, gather, join_ranks, on_every_rank, run_script
-from sampler import HfSampler, compare_problems, draw, fill_logprobs, load_prompts
+from run import InputError, gather, join_ranks, on_every_rank, run_script
+from sampler import HfSampler, draw
 
 PLACE = ("WORLD_SIZE", "GROUP_RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")  # what torchrun tells a rank
 
@@ -43,8 +45,8 @@ def one_update(samples: list, args) -> dict:
         distribute(reference, args.fsdp)
     optimizer, gradients = torch.optim.SGD(policy.parameters(), lr=0.1), {}
     optimizer.register_step_pre_hook(lambda *_: gradients.update(
-        {f"gradient {name}": whole(p.grad).clone() for name, p in policy.named_parameters()}))
-    fill_logprobs(learner, samples, args.tokens_per_micro_batch, with_norms=True)
+        {f"gradient {name}": gather_tensor(p.grad).clone() for name, p in policy.named_parameters()}))
+    fill_norms(policy, samples, args.tokens_per_micro_batch)
     prompts = [Problem(i, "", "", prompt_ids=samples[0].prompt_ids + [5] * i) for i in range(9)]
     scored = {"prompt states": torch.from_numpy(prompt_states(policy, prompts, args.tokens_per_micro_batch)),
               "gradient norms": torch.tensor([sample.head_grad_norm for sample in samples]),
@@ -52,11 +54,11 @@ def one_update(samples: list, args) -> dict:
     for sample in samples:  # off-policy, so that ratios and clips matter
         sample.old_logprobs = sample.old_logprobs + 0.3 * (sample.problem - 3)
     problems = [Problem(i, "", "") for i in range(7)]
-    updates = split_updates(problems, samples, args)
-    fill_logprobs(reference, sum(updates, []), args.tokens_per_micro_batch, into="ref_logprobs")
+    updates = [[], *split_updates(problems, samples, args)]  # the first would be on-policy: it is left empty
+    fill_logprobs(reference, updates[1], args.tokens_per_micro_batch, into="ref_logprobs")
     metrics = train_step(learner, optimizer, updates, args)
     assert all((p.grad is None) == args.fsdp for p in policy.parameters())  # DDP's buckets stay
-    parameters = {name: whole(p.detach()).clone() for name, p in policy.named_parameters()}
+    parameters = {name: gather_tensor(p.detach()).clone() for name, p in policy.named_parameters()}
     return scored | gradients | parameters | metrics
 
 
@@ -86,7 +88,7 @@ def main() -> None:
     if part == "fail":
         on_every_rank(lack_the_model)
     if part == "differ":
-        compare_problems(RunState(), {"data": [Problem(0, "1+1", str(2 + dist.get_rank()))]})
+        compare_problems({}, {"data": [Problem(0, "1+1", str(2 + dist.get_rank()))]})
     words = ["--kl-coef", 0.1, "--grad-clip", 1e9, "--updates-per-step", 1, *rest]
     args = flags(*words)
     model, tokenizer = load_model(args, device)

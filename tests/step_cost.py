@@ -22,6 +22,7 @@ from transformers import AutoConfig  # noqa: E402
 
 import raft  # noqa: E402 (the project's modules lie one folder up)
 import run  # noqa: E402
+from gvm import RULES, settle_budget  # noqa: E402
 from model import HEAD_BYTES  # noqa: E402
 
 GIGA, TERA = 1e9, 1e12
@@ -42,14 +43,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def scored_share(args) -> float:
     """The share of a step's samples whose gradient norms are computed: from which a pilot or a regression learns."""
-    if args.allocator == "uniform" or args.e_step_every > 1:
-        return 0.0
-    return 1.0 if args.predict else args.pilot_samples / args.samples_per_prompt
+    if args.candidates_per_step is not None:
+        return 1.0
+    return args.pilot_samples / args.samples_per_prompt if args.e_step_every == 1 else 0.0
 
 
 def draws(args) -> tuple[float, float]:
     """(calls of the sampler in a step, samples of a pilot that only informs), both on average over steps."""
-    if args.allocator == "uniform" or args.predict:
+    if not args.pilot_samples:
         return 1.0, 0.0
     if args.e_step_every == 1:
         return 2.0, 0.0  # the pilot, and the rest
@@ -77,7 +78,7 @@ def step_cost(config, args) -> dict[str, tuple[float, float, float]]:
     costs["weights to the engine"] = (0.0, calls * (FP32 + BF16) * total, calls * FP32 * total * others * args.fsdp)
 
     with_norms = own * scored_share(args) + pilot / args.gpus
-    if args.allocator == "gvm":  # right samples only
+    if not RULES[args.allocator].needs_wrong:  # right samples only
         with_norms *= args.trained_share
     # The others' log-probs; a step's first update has its own.
     later = 1 - 1 / args.updates_per_step
@@ -86,8 +87,7 @@ def step_cost(config, args) -> dict[str, tuple[float, float, float]]:
     chunk = HEAD_BYTES / FP32 / text.vocab_size  # tokens; for norms, of one sample
     # A chunk reads the head. For norms it also writes a gradient, and adds it to the sum over chunks.
     heads_read = 4 * with_norms * max(response / chunk, 1) + (without + reference) * response / chunk
-    candidates = (args.candidates_per_step or args.prompts_per_step) / args.gpus  # whose prompts a prediction reads
-    candidates *= args.predict and args.allocator != "uniform"
+    candidates = (args.candidates_per_step or 0) / args.gpus  # whose prompts a prediction reads
     read = candidates * (2 * body * prompt + 2 * attention * prompt**2)
     costs["scoring"] = ((with_norms + without + reference) * whole_pass + with_norms * 2 * head * response + read,
                         heads_read * FP32 * head, 0.0)
@@ -114,6 +114,7 @@ def step_cost(config, args) -> dict[str, tuple[float, float, float]]:
 def main(argv=None) -> None:
     """Print the table."""
     args = run.parse_flags(argv, __doc__, raft.add_flags, add_flags)
+    settle_budget(args, args.objective)
     config = SHAPES[args.model] if args.model in SHAPES else AutoConfig.from_pretrained(args.model)
     speeds = [args.tflops and args.tflops * TERA, args.memory_gb and args.memory_gb * GIGA,
               args.network_gb and args.network_gb * GIGA]

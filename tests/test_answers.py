@@ -7,8 +7,10 @@ import pytest
 from conftest import SHARED
 from odd_answers import BOXED, DIFFERS, WHOLE
 
-from data import equivalent, load_problems
+from answers import equivalent
+from data import load_problems
 
+@pytest.mark.slow
 def test_odd_answers_get_a_mathematician_s_score(grader):
     cases = [(f"\\boxed{{{boxed}}}", answer, score) for boxed, answer, score in BOXED] + WHOLE
     assert len(set(cases)) == len(cases) > 200

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, make_sample, run_script
+from conftest import command, make_sample, run_script, slow
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
@@ -20,9 +20,9 @@ import eval as evaluation
 import allocation_table
 import grpo
 import raft
-import run
-from data import TOY, InputError, Problem, load_problems
-from sampler import as_rows
+from checkpoint import claim_folder
+from data import TOY, Problem, load_problems, sample_rows
+from run import InputError
 
 MAINS = {"raft": raft.main, "grpo": grpo.main, "table": allocation_table.main, "eval": evaluation.main}
 GOOD = json.dumps({"problem": "1+1", "answer": "2"}) + "\n"
@@ -156,14 +156,14 @@ def template(text: str):
 
 def checkpoint(folder: Path) -> None:
     """A whole checkpoint of step 1, as raft.py leaves it."""
-    import model as model_module
-    import run
+    from checkpoint import RunState, save_checkpoint
     from conftest import flags
+    from model import load_model
 
     args = flags("--data", "few.jsonl")
-    policy, tokenizer = model_module.load_model(args, torch.device("cpu"))
+    policy, tokenizer = load_model(args, torch.device("cpu"))
     optimizer = torch.optim.AdamW(policy.parameters())
-    model_module.save_checkpoint(folder / "out", run.RunState(step=1), policy, optimizer, tokenizer, 1)
+    save_checkpoint(folder / "out", RunState(step=1), policy, optimizer, tokenizer, 1)
 
 
 def damaged_checkpoint(folder: Path) -> None:
@@ -185,7 +185,7 @@ def samples(change=lambda rows: rows):
         made = [make_sample(i // 2, 1.0, [5, 6]) for i in range(4)]
         for i, sample in enumerate(made):
             sample.index, sample.text = i % 2, "\\boxed{2}"
-        rows = as_rows(made, [Problem(0, "1+1", "2"), Problem(1, "3-1", "2")])
+        rows = sample_rows(made, [Problem(0, "1+1", "2"), Problem(1, "3-1", "2")])
         holds("s.jsonl", change(rows))(folder)
 
     return prepare
@@ -247,24 +247,25 @@ FLAGS = [
     ("loss", nothing, "grpo --loss RAFT", "argument --loss: invalid choice: 'RAFT'"),
     ("weighting", nothing, "raft --weighting none", "argument --weighting: invalid choice"),
     ("advantage", nothing, "grpo --advantage mean", "argument --advantage: invalid choice"),
-    ("cost", nothing, "table --out t --cost dollars", "argument --cost: invalid choice"),
+    ("cost-is-gone", nothing, "table --out t --cost tokens", "unrecognized arguments: --cost tokens"),
+    ("predict-is-gone", nothing, "grpo --predict", "unrecognized arguments: --predict"),
     ("sampler", nothing, "eval --data d --sampler sglang", "argument --sampler: invalid choice"),
     ("fsdp-hf", holds("few.jsonl", 2 * GOOD), f"raft {FEW} --updates-per-step 1 --fsdp", "--fsdp: transformers wants"),
     ("no-out", nothing, "table", "the following arguments are required: --out"),
-    ("table-of-uniform", nothing, "table --out t --allocator uniform", "--allocator uniform, --predict: take no pilot"),
-    ("table-of-predictions", nothing, "table --out t --predict", "--allocator uniform, --predict: take no pilot"),
+    ("table-of-uniform", nothing, "table --out t --allocator uniform", "this table shows a pilot, and --allocator uniform"),
+    ("table-of-predictions", nothing, "table --out t --candidates-per-step 16", "this table shows a pilot, and --allocator"),
     ("no-data", nothing, "eval", "one of the arguments --data --rescore is required"),
     ("data-and-rescore", nothing, "eval --data d --rescore f", "--rescore: not allowed with argument --data"),
-    ("budget-below-pilot", nothing, "raft --no-predict --pilot-samples 9", "--samples-per-prompt is below --pilot-samples"),
+    ("budget-below-pilot", nothing, "raft --pilot-samples 9", "--samples-per-prompt is below --pilot-samples"),
+    ("budget-below-the-pilot-of-two", nothing, "raft --samples-per-prompt 1", "--samples-per-prompt is below --pilot-samples"),
+    ("pilot-of-none", nothing, "raft --pilot-samples 0", "argument --pilot-samples: 0: must be finite, and from 1"),
     ("budget-below-pilot-gvm", nothing, "table --out t --pilot-samples 9", "--samples-per-prompt is below"),
-    ("window-of-predictions", nothing, "raft --e-step-every 2", "need a pilot; add --no-predict, and no --allocator"),
-    ("pilot-and-predictions", nothing, "grpo --pilot-samples 2", "need a pilot; add --no-predict, and no --allocator"),
-    ("tokens-and-predictions", nothing, "raft --cost tokens", "need a pilot; add --no-predict, and no --allocator"),
-    ("pilot-of-uniform", nothing, "raft --allocator uniform --no-predict --pilot-samples 2", "and no --allocator uniform"),
-    ("no-pilot-nor-predictions", nothing, "raft --no-predict", "--no-predict: p and G are known from a pilot; add --pilot"),
-    ("candidates-of-a-pilot", nothing, "raft --no-predict --pilot-samples 2 --candidates-per-step 32",
-     "--candidates-per-step: nothing tells candidates apart; add --predict"),
-    ("candidates-of-uniform", nothing, "grpo --allocator uniform --candidates-per-step 32", "--candidates-per-step: noth"),
+    ("window-of-predictions", nothing, "raft --e-step-every 2 --candidates-per-step 32", "no pilot is taken with --allocator"),
+    ("pilot-and-predictions", nothing, "grpo --pilot-samples 2 --candidates-per-step 32", "no pilot is taken with --allocator"),
+    ("pilot-of-uniform", nothing, "raft --allocator uniform --pilot-samples 2", "no pilot is taken with --allocator uniform"),
+    ("window-of-uniform", nothing, "raft --allocator uniform --e-step-every 2", "no pilot is taken with --allocator uniform"),
+    ("candidates-of-uniform", nothing, "grpo --allocator uniform --candidates-per-step 32",
+     "--candidates-per-step: --allocator uniform does not weigh each prompt by its own p and G"),
     ("candidates-below-prompts", nothing, "raft --candidates-per-step 8", "--prompts-per-step: from --updates-per-step"),
     ("candidates-above-data", holds("few.jsonl", GOOD * 3), f"raft {FEW} --candidates-per-step 4",
      "--candidates-per-step, if set, which is at most 3, the number of problems"),
@@ -416,7 +417,7 @@ SHORT = "--max-prompt-tokens 64 --max-response-tokens 8"
 FEW_ROWS = holds("few.jsonl", GOOD * 3)
 FOLDERS = [
     ("out-holds-a-run", holds("out/args.json", "{}"), "raft --out out", "--out out: holds a run already; --resume"),
-    ("out-holds-a-run-by-default", holds("runs/grpo-reward-0/args.json", "{}"), "grpo", "holds a run already"),
+    ("out-holds-a-run-by-default", holds("runs/grpo-gvm-0/args.json", "{}"), "grpo", "holds a run already"),
     ("out-holds-an-evaluation", holds("out/protocol.json", "{}"), "eval --data d --out out", "holds a run already"),
     ("out-is-a-file", holds("out", GOOD), "raft --out out", "--out"),
     ("out-is-below-a-file", holds("a", GOOD), "raft --out a/out", "--out"),
@@ -435,8 +436,10 @@ FOLDERS = [
     ("record-empty", both(FEW_ROWS, empty_record), f"raft {FEW} --out out --resume",
      "out/args.json: is damaged; delete"),
     ("record-list", holds("out/args.json", "[1]"), "raft --out out --resume", "out/args.json: is damaged; delete it"),
-    ("record-flags-list", holds("out/args.json", '{"flags": [1]}'), "raft --out out --resume",
+    ("record-flags-list", holds("out/args.json", '{"format": 2, "flags": [1]}'), "raft --out out --resume",
      "out/args.json: is damag"),
+    ("record-of-another-version", holds("out/args.json", '{"flags": {"predict": true}}'), "raft --out out --resume",
+     "--resume: out was made by another version of this project; go on with that one, or choose another --out"),
     ("protocol-empty", both(FEW_ROWS, holds("out/protocol.json", "")),
      f"eval --data few.jsonl {SHORT} --out out --resume", "out/protocol.json: is damaged; delete it"),
     ("protocol-list", both(FEW_ROWS, holds("out/protocol.json", "[1]")),
@@ -509,10 +512,10 @@ def test_bad_input_is_one_line(device, tmp_path, monkeypatch, prepare, line, nam
     assert_untouched(tmp_path, before)
 
 
-@pytest.mark.parametrize("name", [
-    "flag-lr-nan", "flag-allocator", "flag-no-out", "flag-line-break", "data-missing", "data-half-a-character", "data-json-nested",
+@pytest.mark.parametrize("name", ["data-missing", *map(slow, [
+    "flag-lr-nan", "flag-allocator", "flag-no-out", "flag-line-break", "data-half-a-character", "data-json-nested",
     "model-missing", "model-weights-lack-one", "folder-out-holds-a-run", "folder-rescore-lists",
-])
+])])
 def test_users_see_one_line_and_exit_code_2(tmp_path, name):
     prepare, line, named = ROWS[name]
     prepare(tmp_path)
@@ -524,6 +527,7 @@ def test_users_see_one_line_and_exit_code_2(tmp_path, name):
     assert_untouched(tmp_path, before)
 
 
+@pytest.mark.slow
 def test_ranks_left_in_the_environment_are_named_at_once(tmp_path, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -532,13 +536,15 @@ def test_ranks_left_in_the_environment_are_named_at_once(tmp_path, monkeypatch):
     assert done.returncode == 2 and "WORLD_SIZE is set" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused(device, tmp_path):
-    with run.claim_folder(tmp_path / "out", "args.json", resume=False):
+    with claim_folder(tmp_path / "out", "args.json", resume=False):
         done = run_script("raft.py", "--out", "out", check=False, cwd=tmp_path)
     assert done.returncode == 2 and f"process {os.getpid()} is running there" in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out" / "args.json").exists()
 
 
+@pytest.mark.slow
 def test_two_tables_at_once_do_not_mix(tmp_path):
     """Into a folder that is not there yet."""
     words = ["tests/allocation_table.py", "--limit", "4", "--out", str(tmp_path / "new" / "t.jsonl")]
@@ -565,6 +571,7 @@ def test_half_a_character_in_a_response_is_graded_as_any_other(device, tmp_path,
     assert "1 of 4 scores differ" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_ascii_terminal_gets_its_table(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     samples()(tmp_path)

@@ -16,19 +16,10 @@ import pytest
 from conftest import ROOT, SHARED, wait_for
 from transformers import AutoTokenizer
 
-from data import (
-    INSTRUCTION,
-    SYSTEM_PROMPT,
-    Grader,
-    InputError,
-    Problem,
-    RunError,
-    digest_problems,
-    encode_prompt,
-    extract_boxed,
-    load_problems,
-    reference_answer,
-)
+from answers import extract_boxed, reference_answer
+from data import INSTRUCTION, SYSTEM_PROMPT, Problem, digest_problems, encode_prompt, load_problems
+from grader import Grader
+from run import InputError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +318,7 @@ def test_idle_workers_may_be_killed():
         assert killed and not set(killed) & set(grader.alive())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_killed_or_stopped_at_work_costs_its_answer_alone(sent):
     with WatchedGrader(workers=1, deadline=3.0) as grader:
@@ -345,6 +337,7 @@ def test_a_stopped_worker_does_not_outlive_its_grader():
     assert grader.alive() == []
 
 
+@pytest.mark.slow
 def test_workers_killed_at_random_moments_cost_one_answer_each():
     chance, killed, failed = random.Random(0), set(), 0
     with WatchedGrader(workers=2, deadline=5.0) as grader:
@@ -366,9 +359,10 @@ def test_workers_killed_at_random_moments_cost_one_answer_each():
         check_grades(grader)
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     """Even if it is killed, and a worker hangs."""
-    code = ("from data import Grader\ngrader = Grader(workers=1, deadline=3.0)\ngrader(['\\\\boxed{1.0}'], ['1'])\n"
+    code = ("from grader import Grader\ngrader = Grader(workers=1, deadline=3.0)\ngrader(['\\\\boxed{1.0}'], ['1'])\n"
             "print(grader.idle[0].pid, flush=True)\ngrader(['\\\\boxed{9^{9^{9^{9}}}}'], ['1'])")
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     worker = Path(f"/proc/{int(trainer.stdout.readline())}")

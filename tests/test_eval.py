@@ -11,8 +11,10 @@ import pytest
 from conftest import ROOT, TOY, Started, flags, run_script, wait_for
 
 import eval as command
-from data import InputError, read_rows
-from eval import evaluate, pass_at_k, sampling_error, summarise
+from data import read_rows
+from eval import evaluate, same_answers
+from metrics import pass_at_k, sampling_error, summarise
+from run import InputError
 from sampler import HfSampler
 
 PROTOCOL = ("--limit", 40, "--samples", 4, "--max-prompt-tokens", 64, "--max-response-tokens", 64,
@@ -40,7 +42,7 @@ def make_rows(answers: str, references: str = "5") -> list[dict]:
 
 
 def test_summary_by_hand(grader):
-    figures = summarise(make_rows("5 6 5 5; 3 2 4 -; 1 1 1 1", "5; 2; 1"), grader)
+    figures = summarise(make_rows("5 6 5 5; 3 2 4 -; 1 1 1 1", "5; 2; 1"), same_answers(grader))
     means = {name: metric["mean"] for name, metric in figures.items()}
     assert means == pytest.approx({
         "avg@4": (3 / 4 + 1 / 4 + 1) / 3, "pass@2": (1 + 1 / 2 + 1) / 3, "pass@4": 1.0, "maj@4": 2 / 3,
@@ -48,12 +50,12 @@ def test_summary_by_hand(grader):
     assert figures["avg@4"]["standard_error"] == pytest.approx(np.std([3 / 4, 1 / 4, 1], ddof=1) / 3**0.5)
     assert figures["avg@4"]["sampling_error"] == pytest.approx((2 * 3 / 16 / 3) ** 0.5 / 3)  # p (1 - p) of 3/4 and 1/4
     assert figures["maj@4"]["standard_error"] == pytest.approx(1 / 3)
-    three = summarise(make_rows("5 5 6; 1 2 2", "5; 2"), grader)
+    three = summarise(make_rows("5 5 6; 1 2 2", "5; 2"), same_answers(grader))
     assert three["maj@3"]["mean"] == 1.0  # each problem has its own votes
     assert three["pass@2"]["mean"] == three["pass@3"]["mean"] == 1.0
-    alone = summarise(make_rows("5 6"), grader)["avg@2"]  # one problem has no standard error
+    alone = summarise(make_rows("5 6"), same_answers(grader))["avg@2"]  # one problem has no standard error
     assert alone == {"mean": 0.5, "standard_error": 0.0, "sampling_error": 0.5}
-    assert summarise(make_rows("5; 6", "5; 5"), grader)["avg@1"]["sampling_error"] is None
+    assert summarise(make_rows("5; 6", "5; 5"), same_answers(grader))["avg@1"]["sampling_error"] is None
 
 
 def test_the_sampling_error_is_that_of_repeated_evaluations_of_the_same_problems():
@@ -71,7 +73,7 @@ def test_the_sampling_error_is_that_of_repeated_evaluations_of_the_same_problems
 ])
 def test_the_majority_is_found_by_equivalence_and_ties_go_to_the_first(grader, answers, score):
     rows = make_rows(answers)
-    assert summarise(rows, grader)[f"maj@{len(rows)}"]["mean"] == score
+    assert summarise(rows, same_answers(grader))[f"maj@{len(rows)}"]["mean"] == score
 
 
 def test_evaluate_repeats_itself(device, model_and_tokenizer, grader, problems):
@@ -101,6 +103,7 @@ def straight(tmp_path_factory):
     return out, run_command(out).stdout
 
 
+@pytest.mark.slow
 def test_what_is_saved_and_shown(straight):
     out, shown = straight
     rows, summary = read_rows(out / "eval.jsonl"), json.loads((out / "summary.json").read_text())
@@ -123,12 +126,14 @@ def test_what_is_saved_and_shown(straight):
     assert sampling < error
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_figures(straight, tmp_path):
     run_command(tmp_path / "two", ranks=2)
     assert (tmp_path / "two" / "summary.json").read_text() == (straight[0] / "summary.json").read_text()
     assert read_rows(tmp_path / "two" / "eval.jsonl") == read_rows(straight[0] / "eval.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_gives_the_same_figures(straight, tmp_path, ranks):
     out = tmp_path / "killed"
@@ -146,6 +151,7 @@ def test_killed_and_resumed_gives_the_same_figures(straight, tmp_path, ranks):
     assert f"{whole[: len(saved) + 300].count(10)}/160" in shown.stderr  # those were not drawn again
 
 
+@pytest.mark.slow
 def test_rescore_grades_anew_and_needs_no_model(straight, tmp_path):
     rows = read_rows(straight[0] / "eval.jsonl")
     right = next(row for row in rows if row["score"])
@@ -191,6 +197,7 @@ def test_bad_input_is_named(device, tmp_path, monkeypatch, words, complaint):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in before} == before
 
 
+@pytest.mark.slow
 def test_files_of_others_are_not_touched(straight, tmp_path):
     """The data lies in --out; a folder has files of that name and no protocol; a foreign file has one long line."""
     data = tmp_path / "eval.jsonl"
@@ -211,6 +218,7 @@ def test_files_of_others_are_not_touched(straight, tmp_path):
     assert done.returncode == 2 and "protocol.json: is damaged" in done.stderr and done.stderr.count("\n") <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "complaint"), [
     ([], "one of the arguments --data --rescore is required"), (["--data", "math500"], "context of 512")])
 def test_bad_input_is_one_line(tmp_path, words, complaint):
@@ -219,6 +227,7 @@ def test_bad_input_is_one_line(tmp_path, words, complaint):
     assert done.stderr.startswith("eval.py: error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_another_protocol_is_not_mixed_in(straight, tmp_path):
     before = {path.name: path.read_bytes() for path in straight[0].iterdir() if path.name != "lock"}
     for words, complaint in [([], "--resume continues it"), (["--resume", "--seed", 1], "another seed"),
@@ -229,6 +238,7 @@ def test_another_protocol_is_not_mixed_in(straight, tmp_path):
     assert {name: (straight[0] / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_named_by_its_commit(tmp_path, monkeypatch):
     commit, repository = "0123456789abcdef0123456789abcdef01234567", tmp_path / "hub" / "models--some--toy"
     shutil.copytree(TOY, repository / "snapshots" / commit)
@@ -240,6 +250,7 @@ def test_a_model_of_the_hub_is_named_by_its_commit(tmp_path, monkeypatch):
     assert (protocol["model"], protocol["revision"]) == ("some/toy", commit)
 
 
+@pytest.mark.slow
 def test_running_it_imports_neither_gvm_nor_raft_nor_itself_twice():
     program = (
         "import runpy, sys\nsys.argv = ['eval.py', '--help']\n"

@@ -44,6 +44,7 @@ def test_crossings_and_speed_by_hand():
     assert experiment.interval(np.array([0.1, 0.2, 0.3])) == "+0.200 ± 0.248"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dynamic", "published", "rounds", "predicted", "wider pool", "oracle", "released"])
 def test_two_steps_of_each_method_spend_the_same(method):
     spec = record((3e-4, 16, 4), method=method)
@@ -51,22 +52,26 @@ def test_two_steps_of_each_method_spend_the_same(method):
     assert [(step, samples) for step, samples, *_ in done["curve"]] == [(0, 0), (2, 128)]
 
 
-def test_the_readme_has_the_table_of_the_records():
-    records, readme = experiment.read(experiment.RECORDS), (ROOT / "README.md").read_text()
+@pytest.mark.slow
+def test_the_readmes_have_the_tables_of_the_records():
+    records, front = experiment.read(experiment.RECORDS), (ROOT / "README.md").read_text()
+    readme = (ROOT / "figures" / "README.md").read_text()
     assert len({tuple(record[name] for name in experiment.KEY) for record in records}) == len(records)
-    lines = experiment.table(records).splitlines()
-    assert all(line in readme for line in lines)
-    (samples, tokens), = [line.strip("| ").split(" | ")[-2:] for line in lines if line.startswith("| grpo | usual | wider")]
-    interval = "95 % interval " + samples.split(" (")[1].rstrip(")")
-    assert f"with {samples.split()[0]} times fewer samples" in readme and interval in readme
-    assert f"and {tokens.split()[0]} times fewer *tokens*" in readme
-    readme = " ".join(readme.split())  # sentences run over lines
+    lines, short = experiment.table(records).splitlines(), experiment.short_table(records).splitlines()
+    assert all(line in readme for line in lines) and all(line in front for line in short)
+    assert len(short) == 10  # eight rows
+    front, readme = " ".join(front.split()), " ".join(readme.split())  # sentences run over lines
+    cells = {tuple(line.strip("| ").split(" | ")[:3:2]): line.strip("| ").split(" | ") for line in lines if "| usual |" in line}
+    published, wider = cells["raft", "published, 10 seeds"], cells["grpo", "wider pool, 10 seeds"]
+    samples, tokens = published[8], published[9]
+    assert f"{tokens.split(' (')[0]} times fewer **tokens** (95 % interval {tokens.split(' (')[1][:-1]}, ten pairs" in front
+    assert f"or {samples.split(' (')[0]} times fewer **samples** ({samples.split(' (')[1]}" in front
+    assert f"GRPO's {wider[8].split()[0]} times fewer samples are {wider[9].split()[0]} times fewer tokens" in readme
     rows = [line.strip("| ").split(" | ") for line in experiment.table(records, most_seeds=5).splitlines()[2:]]
     five = {(row[0], row[2].removesuffix(", 5 seeds")): row for row in rows if row[1] == "usual"}  # the oracle's seeds
     known, found, even = (five["raft", method] for method in ("oracle", "wider pool", "uniform"))
     to_60 = [row[4].split(",")[0] for row in (known, found, even)]
     assert "after {} samples with the *oracle*, {} with predictions and {} with *uniform*".format(*to_60) in readme
-    assert f"{known[8]} on five of the pairs, where prediction has {found[8].split()[0]}." in readme
     assert f"speed with predictions is {found[8]}, against {known[8].split()[0]}." in readme
     known, found = five["grpo", "oracle"], five["grpo", "wider pool"]
     assert f"falls behind later: {found[6]} at the end, against {known[6]}" in readme

@@ -13,16 +13,17 @@ import time
 import pytest
 import torch
 from conftest import (
-    ROOT, SMALL, TOY, Started, command, flags, parameters, read_log, run_script, wait_for,
+    ROOT, SMALL, TOY, Started, command, default_signals, flags, parameters, read_log, run_script, slow, wait_for,
 )
 from safetensors.torch import load_file, save_file
 
 import raft
 import run
-from data import InputError, Problem, RunError, digest_problems
-from model import load_model, newest_checkpoint, save_checkpoint
-from run import RunState, remove_old_checkpoints, write_log
-from sampler import compare_problems
+from checkpoint import RunState, newest_checkpoint, note_problems, remove_old_checkpoints, save_checkpoint
+from checkpoint import watch_divergence, write_log
+from data import Problem, digest_problems
+from model import load_model
+from run import InputError, RunError
 
 QUICK = [*map(str, SMALL[:-1]), "1"]  # one step
 
@@ -82,6 +83,7 @@ def test_tensors_without_a_use_are_named(device, tmp_path, capsys):
 
 
 # --- problems --------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_problems_that_changed_under_the_same_name_are_noticed(device, tmp_path):
     data, words = tmp_path / "train.jsonl", [*QUICK, "--out", str(tmp_path / "run")]
     rows = (TOY / "train.jsonl").read_text().splitlines()[:40]
@@ -100,20 +102,24 @@ def test_problems_that_changed_under_the_same_name_are_noticed(device, tmp_path)
 
 
 def test_a_plan_for_other_data_is_dropped(device):
-    problems, plan = [Problem(0, "1+1", "2")], {"last_step": 9, "table": {"id": [0]}}
+    problems, plan = [Problem(0, "1+1", "2")], {"id": [0], "step": [9]}
     for known, kept in (({"a": digest_problems(problems)}, plan), ({"b": "0"}, None)):
         state = RunState(plan=plan, problems=known)
-        compare_problems(state, {"a": problems})
+        note_problems(state, {"a": problems})
         assert state.plan == kept and state.problems == {"a": digest_problems(problems)}
 
 
 # --- divergence ------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_ten_updates_that_are_not_finite_end_the_run_and_replace_no_checkpoint(device, tmp_path, monkeypatch):
     words = [*QUICK, "--out", str(tmp_path / "run"), "--save-every", "1"]
     raft.main(words)
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    losses = dict(raft.LOSSES, bad=lambda logprobs, old, advantages, args: (logprobs * torch.nan, logprobs > 0))
-    monkeypatch.setattr(raft, "LOSSES", losses)
+
+    def bad_loss(logprobs, old_logprobs, advantages, args):
+        return logprobs * torch.nan, logprobs > 0
+
+    monkeypatch.setitem(raft.LOSSES, "bad", bad_loss)
     with pytest.raises(RunError, match="ten updates in a row were not finite"):
         raft.main([*words, "--loss", "bad", "--resume", "--steps", "30"])
     log = read_log(tmp_path / "run")
@@ -130,7 +136,7 @@ def test_the_log_is_json_whatever_comes(device, tmp_path):
 def test_ten_steps_without_a_right_sample_are_said_once(device, capsys):
     state = RunState()
     for state.step in range(1, 40):
-        raft.watch(state, {"accept_rate": 0.5 if 3 < state.step < 9 else 0.0, "updates": 1})
+        watch_divergence(state, {"accept_rate": 0.5 if 3 < state.step < 9 else 0.0, "updates": 1})
     assert capsys.readouterr().out.count("no sample of the last ten steps was right") == 1
     assert (state.last_solved, state.not_finite) == (8, 0)
 
@@ -164,9 +170,10 @@ class StopAt:
         return self.left <= 0
 
 
-@pytest.mark.parametrize("check", range(1, 6))
+@pytest.mark.parametrize("check", [slow(1), slow(2), 3, slow(4), slow(5), slow(6)])
 def test_a_stop_at_any_check_is_saved_and_resumed(straight, tmp_path, monkeypatch, check):
-    """Step 0 has one check: before the evaluation. Others have one or two: before they draw, and the evaluation."""
+    """Step 0 has one check: before the evaluation. Others have two or three: before the pilot, before the rest is
+    drawn, and before the evaluation."""
     words = [*QUICK, "--steps", "2", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patched:
         patched.setattr(run, "StopSignal", lambda: StopAt(check))
@@ -181,9 +188,10 @@ def test_a_stop_at_any_check_is_saved_and_resumed(straight, tmp_path, monkeypatc
     assert all(torch.equal(ends[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_pilot_for_several_steps_is_counted_when_its_step_is_given_up(device, tmp_path, monkeypatch):
     """The third check comes after the pilot, and before the step's own samples."""
-    words, logs = [*QUICK, "--no-predict", "--pilot-samples", "2", "--e-step-every", "2", "--steps", "2"], []
+    words, logs = [*QUICK, "--pilot-samples", "2", "--e-step-every", "2", "--steps", "2"], []
     for name, check in (("straight", 1000), ("stopped", 3)):
         with monkeypatch.context() as patched:
             patched.setattr(run, "StopSignal", lambda: StopAt(check))
@@ -201,6 +209,7 @@ def test_a_pilot_for_several_steps_is_counted_when_its_step_is_given_up(device, 
     assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_other_signals_save_too(tmp_path, number):
     out = tmp_path / "run"
@@ -221,7 +230,8 @@ def test_a_second_signal_ends_at_once_and_nohup_is_heeded():
                "assert stop.received\n"
                "os.kill(os.getpid(), signal.SIGINT)\n"
                "print('still here')")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                          preexec_fn=default_signals)
     assert done.returncode == -signal.SIGINT and not done.stdout, done.stderr
 
 
@@ -233,6 +243,7 @@ def test_a_finished_run_says_so(straight, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_screen_that_is_gone_does_not_end_the_run(tmp_path):
     words = " ".join(command("raft.py", *QUICK, "--out", tmp_path / "run"))
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {words} | head -1"], capture_output=True, text=True,
@@ -264,6 +275,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(device, model_and_tokenizer, tmp_
 
 
 # --- ranks -----------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_an_error_of_one_rank_is_printed_with_its_rank_and_ends_all(tmp_path):
     start = time.monotonic()
     done = run_script("tests/ranks.py", "fail", tmp_path / "out", ranks=2, check=False)
@@ -272,18 +284,21 @@ def test_an_error_of_one_rank_is_printed_with_its_rank_and_ends_all(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_problems_that_differ_between_ranks_are_refused(tmp_path):
     done = run_script("tests/ranks.py", "differ", tmp_path / "out", ranks=2, check=False)
     ours = [line for line in done.stderr.splitlines() if line.startswith("ranks.py: error")]
     assert ours == ["ranks.py: error on rank 1: data: holds other problems than on rank 0; copy it there"]
 
 
+@pytest.mark.slow
 def test_torchrun_s_own_report_names_the_reason(tmp_path):
     done = run_script("raft.py", "--data", "missing.jsonl", "--out", tmp_path / "run", ranks=2, check=False)
     assert done.stderr.count("raft.py: error: missing.jsonl: no such file or directory") == 1
     assert done.stderr.rstrip().splitlines()[-3].endswith("InputError: missing.jsonl: no such file or directory")
 
 
+@pytest.mark.slow
 def test_half_of_torchrun_s_environment_is_no_rank():
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
     done = subprocess.run(command("raft.py"), env=environment | {"WORLD_SIZE": "2"}, capture_output=True, text=True)

@@ -27,6 +27,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.slow
 def test_on_a_cpu_every_row_is_there_and_ok(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}

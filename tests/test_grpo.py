@@ -5,14 +5,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, check_killed_and_resumed, m_step, make_sample, parameters, read_log, run_script, same_log
+from conftest import SMALL, check_killed_and_resumed, distance, m_step, make_sample, parameters, read_log, run_script, same_log
 
 import conftest
 import grpo
+from batches import distribute
 from data import Problem
+from losses import loss_weights
+from model import Policy, load_model
 from grpo import group_advantages, grpo_objective
-from model import Policy, distribute, load_model
-from raft import loss_weights
 
 flags = partial(conftest.flags, add_flags=grpo.add_flags)
 # Groups of 3, 2 and 1 samples, mixed: rewards 1 0 0, 0 0 and 1; 18 tokens in all.
@@ -105,23 +106,26 @@ def straight(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_one_rank_is_two_ranks(straight):
     one, two = (read_log(straight[ranks], drop=("seconds", "sampler_gap")) for ranks in (1, 2))  # rounding alone
     for a, b in zip(one, two, strict=True):
         assert same_log(a, b)
-    for name, value in parameters(straight[1], 4).items():
-        assert torch.allclose(value, parameters(straight[2], 4)[name], atol=2e-4), name
+    ends = [parameters(straight[ranks], 4) for ranks in (1, 2)]
+    assert distance(*ends) < 0.05 * distance(ends[0], load_model(flags(), torch.device("cpu"))[0].state_dict())
     assert one[-1]["samples"] == 128 and one[-1]["updates"] == 8 and 0 < one[1]["grad_norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, ranks):
     check_killed_and_resumed("grpo.py", SMALL, straight[ranks], tmp_path / "run", ranks)
 
 
-def test_training_helps_and_the_fitting_allocator_is_the_default(tmp_path):
+@pytest.mark.slow
+def test_training_helps_and_a_rule_that_does_not_fit_is_warned_of(tmp_path):
     done = run_script("grpo.py", "--steps", 20, "--out", tmp_path / "run")
     log = read_log(tmp_path / "run")
     assert log[-1]["eval_accuracy"] > log[0]["eval_accuracy"] + 0.05 and "warning" not in done.stdout
-    done = run_script("grpo.py", *SMALL[:-1], 1, "--allocator", "gvm", "--out", tmp_path / "other")
-    assert done.stdout.count("--allocator gvm fits another gradient estimator; here reward does") == 1
+    done = run_script("raft.py", *SMALL[:-1], 1, "--allocator", "reward", "--out", tmp_path / "other")
+    assert done.stdout.count("--allocator reward fits another gradient estimator; here gvm does") == 1

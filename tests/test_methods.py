@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, flags, make_sample
+from conftest import ROOT, make_sample, settled
 
 from allocator import allocate, estimator_variance, gvm_weights, reward_weights
 from gvm import SampleSource
@@ -104,17 +104,17 @@ def test_shrinkage_is_safe_where_the_pilot_s_rates_mislead(rule, pilot, rounds):
 def test_rounds_each_take_an_equal_part_and_learn_from_the_last(problems):
     """Problem i is right with probability i / 8, drawn from a table instead of a model."""
     luck, requests, with_norms = np.random.default_rng(0).random((9, 500)), [], []
-    args = flags("--samples-per-prompt", 9)
+    args = settled("--samples-per-prompt", 9)
 
     class Table(SampleSource):
-        def draw(self, _, counts, step, first_index=0, **options):
+        def sample_and_grade(self, _, counts, step, first_index=0, **options):
             requests.append(counts)
             with_norms.append(options["with_norms"])
             starts = np.broadcast_to(first_index, 9)
             return [make_sample(problems[i].id, float(luck[i, j] < i / 8), [1] * (i + 1), head_grad_norm=1.0 + i)
                     for i in range(9) for j in range(starts[i], starts[i] + counts[i])]
 
-    samples = draw_in_rounds(problems[:9], 1, Table(None, None, None, args), args)
+    samples = draw_in_rounds(problems[:9], 1, Table(None, None, None, args, smallest_group=1), args)
     assert [counts.sum() for counts in requests] == [18, 21, 21, 21] and len(samples) == 81
     assert with_norms == [True, True, True, False]  # nothing is planned after the last
     before = sum(requests[:-1])

@@ -9,9 +9,10 @@ from conftest import flags, make_sample
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 import model as model_module
-from data import InputError
-from model import Policy, load_model, micro_batches
-from sampler import HfSampler, collate, draw, fill_logprobs
+from batches import collate, fill_logprobs, fill_norms, micro_batches
+from model import Policy, load_model
+from run import InputError
+from sampler import HfSampler, draw
 
 TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -46,7 +47,7 @@ def plain_logprobs(policy: Policy, sample, detach: bool = False) -> torch.Tensor
 def test_logprobs_and_norms_equal_autograd_s(monkeypatch, tied, temperature):
     monkeypatch.setattr(model_module, "HEAD_BYTES", 3 * 4 * 40)  # three tokens of a vocabulary of 40
     policy, samples = tiny_policy(tied, temperature), tiny_samples()
-    logprobs, norms = policy(**collate(samples, torch.device("cpu")), with_norms=True)
+    logprobs, norms = policy.logprobs_and_norms(**collate(samples, torch.device("cpu")))
     plain = [plain_logprobs(policy, sample) for sample in samples]
     assert torch.allclose(logprobs, torch.cat(plain), atol=1e-5)
     for sample, norm in zip(samples, norms):
@@ -60,10 +61,8 @@ def test_gradients_equal_autograd_s_with_and_without_gradient_checkpointing(monk
     samples, gradients = tiny_samples(), []
     for checkpointing in (False, True):
         policy = Policy(tiny_policy(tied=True).model, 0.7, gradient_checkpointing=checkpointing).train()
-        logprobs, norms = policy(**collate(samples, torch.device("cpu")))
-        logprobs.square().sum().backward()
+        policy(**collate(samples, torch.device("cpu"))).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
-        assert norms is None
     policy.zero_grad()
     torch.cat([plain_logprobs(policy, sample) for sample in samples]).square().sum().backward()
     expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
@@ -76,7 +75,7 @@ def test_logits_of_all_tokens_are_never_held(monkeypatch):
     policy, samples, saved = tiny_policy(tied=False), tiny_samples(), []
     tokens = sum(len(sample.response_ids) for sample in samples)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        logprobs, _ = policy(**collate(samples, torch.device("cpu")))
+        logprobs = policy(**collate(samples, torch.device("cpu")))
     assert tokens > 30 and saved and not [shape for shape in saved if shape[-1:] == (40,)]  # 40: the vocabulary
     logprobs.sum().backward()
 
@@ -110,7 +109,7 @@ def test_the_check_leaves_every_weight_as_it_was():
 def test_dropout_is_off_in_training():
     torch.manual_seed(0)
     policy = Policy(AutoModelForCausalLM.from_config(LlamaConfig(**TINY, attention_dropout=0.5))).train()
-    first, second = (policy(**collate(tiny_samples(), torch.device("cpu")))[0] for _ in range(2))
+    first, second = (policy(**collate(tiny_samples(), torch.device("cpu"))) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -130,8 +129,8 @@ def test_micro_batches_cover_every_sample_once_within_the_budget(ranks, budget):
 def test_logprobs_do_not_depend_on_micro_batches(device, model_and_tokenizer):
     policy = Policy(model_and_tokenizer[0])
     once, twice = tiny_samples(), tiny_samples()
-    fill_logprobs(policy, once, 10_000, with_norms=True)
-    fill_logprobs(policy, twice, 1)
+    fill_norms(policy, once, 10_000)
+    fill_logprobs(policy, twice, 1, into="old_logprobs")
     for a, b in zip(once, twice):
         difference = np.linalg.norm(a.old_logprobs - b.old_logprobs)
         assert difference < 1e-5 * np.linalg.norm(a.old_logprobs) and a.head_grad_norm > 0 == b.head_grad_norm
@@ -141,7 +140,7 @@ def test_logprobs_do_not_depend_on_micro_batches(device, model_and_tokenizer):
 def test_the_hf_sampler_s_log_probs_are_the_trainer_s(device, model_and_tokenizer, grader, problems, temperature):
     policy, sampler = Policy(model_and_tokenizer[0], temperature), HfSampler(*model_and_tokenizer, flags())
     samples = draw(sampler, grader, problems[:6], [3] * 6, seed_key=(0, 0, 1), temperature=temperature)
-    fill_logprobs(policy, samples, 10_000)
+    fill_logprobs(policy, samples, 10_000, into="old_logprobs")
     for sample in samples:
         assert len(sample.sampler_logprobs) == len(sample.response_ids) > 3
         assert np.abs(sample.sampler_logprobs - sample.old_logprobs).max() < 1e-4

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Started, check_same_update, parameters, read_log, run_script, wait_for
 
+pytestmark = pytest.mark.slow
 UPDATE = ["--tokens-per-micro-batch", 60]  # several micro-batches on each of four ranks
 
 

@@ -42,6 +42,7 @@ def run(*words) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_what_was_saved_draws_the_same_picture(runs, tmp_path):
     pytest.importorskip("matplotlib")
     done = run(*runs, "--save", tmp_path / "points.jsonl", "--out", tmp_path / "a.png")

@@ -9,16 +9,18 @@ import sys
 import pytest
 from conftest import ROOT
 
-ORDER = ["allocator", "data", "run", "model", "sampler", "eval", "gvm", "raft", "grpo"]
-MODULES = sorted(ROOT.glob("*.py"))
+ORDER = ["allocator", "predictor", "answers", "run", "data", "grader", "metrics", "losses", "model", "batches", "sampler",
+         "checkpoint", "eval", "gvm", "raft", "grpo"]  # a module may import those before it
+NUMPY_ALONE = ["allocator", "predictor", "answers"]  # and nothing of the project
+MODULES = [ROOT / f"{name}.py" for name in ORDER]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_modules_are_short_and_imports_run_one_way(path):
     text = path.read_text()
-    assert path.stem in ORDER and len(text.splitlines()) < 300
+    assert len(text.splitlines()) < 300
     assert max(map(len, text.splitlines())) <= 100
-    allowed = set(ORDER[: ORDER.index(path.stem)]) - ({"allocator"} if path.stem == "data" else set())
+    allowed = set() if path.stem in NUMPY_ALONE else set(ORDER[: ORDER.index(path.stem)])
     for node in ast.walk(ast.parse(text)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -43,7 +45,8 @@ def test_only_what_belongs_lies_at_the_top():
                                                       "LICENSE", "figures"}
 
 
-@pytest.mark.parametrize(("script", "fewest"), [("eval.py", 14), ("raft.py", 16), ("grpo.py", 16)])
+@pytest.mark.parametrize(("script", "fewest"), [
+    pytest.param("eval.py", 14, marks=pytest.mark.slow), pytest.param("raft.py", 16, marks=pytest.mark.slow), ("grpo.py", 16)])
 def test_every_flag_has_a_help_text_and_the_readme_s_flags_exist(script, fewest):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True,
                           env=os.environ | {"COLUMNS": "200"})

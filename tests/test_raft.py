@@ -1,5 +1,6 @@
 """raft.py: losses and weights by hand, gradients that no memory flag or rank changes, and runs that survive a kill."""
 
+import functools
 import json
 import shutil
 from argparse import Namespace
@@ -8,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    SMALL, check_killed_and_resumed, check_same_update, check_sigterm_saves_the_step_and_exits, flags, m_step, make_sample,
-    parameters, read_log, run_script, same_log,
+    SMALL, check_killed_and_resumed, check_same_update, check_sigterm_saves_the_step_and_exits, distance, flags, m_step,
+    make_sample, parameters, read_log, run_script, same_log, slow,
 )
 from transformers import AutoTokenizer
 
-from data import InputError, Problem
-from model import Policy, distribute, load_model
-from raft import LOSSES, kl_k3, loss_weights, micro_batch_loss, raft_objective, split_updates, train, train_step, update
-from sampler import collate, fill_logprobs
+from batches import collate, distribute, fill_logprobs
+from data import Problem
+from losses import LOSSES, kl_k3, loss_weights, raft_objective
+from model import Policy, load_model
+from raft import micro_batch_loss, optimizer_step, split_updates, train, train_step
+from run import InputError
 
 # Three prompts: two right and one wrong sample, one right, one wrong. Their mean length is (1 + 3 + 2 + 4 + 5) / 5 = 3.
 GROUPS = [make_sample(0, 1.0, [1]), make_sample(0, 1.0, [1] * 3), make_sample(0, 0.0, [1] * 2),
@@ -96,23 +99,27 @@ def test_kl_by_hand():
 
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
-    """Log-probs, norms, gradients, parameters and metrics of one update, by ranks and micro-batch budget."""
-    folder, found = tmp_path_factory.mktemp("updates"), {}
-    for ranks, budget, *fsdp in [(1, 100_000), (1, 60), (2, 100_000), (2, 1), (2, 60, "--fsdp")]:
+    """From ranks and micro-batch budget to log-probs, norms, gradients, parameters and metrics of one update."""
+    folder = tmp_path_factory.mktemp("updates")
+
+    @functools.cache
+    def update_of(ranks, budget, *fsdp):
         out = folder / f"{ranks}-{budget}.pt"
         run_script("tests/ranks.py", "update", out, "--tokens-per-micro-batch", budget, *fsdp, ranks=ranks)
-        found[ranks, budget, *fsdp] = torch.load(out, weights_only=True)
-    return found
+        return torch.load(out, weights_only=True)
+
+    return update_of
 
 
 @pytest.mark.parametrize("case", ["raft", "grpo", "single"])  # "single": one sample: the other rank has none
-@pytest.mark.parametrize("split", [(1, 60), (2, 100_000), (2, 1), (2, 60, "--fsdp")])
+@pytest.mark.parametrize("split", [slow(1, 60), slow(2, 100_000), slow(2, 1), pytest.param((2, 60, "--fsdp"))])
 def test_an_update_does_not_depend_on_ranks_or_micro_batches_or_fsdp(updates, split, case):
-    reference, other = updates[1, 100_000][case], updates[split][case]
+    reference, other = updates(1, 100_000)[case], updates(*split)[case]
     check_same_update(reference, other)
     assert case == "single" or 0 < reference["clip_fraction"] < 1 and reference["kl"] > 0
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp_go_on_from_each_other_s_checkpoints(tmp_path):
     """Two updates of AdamW, the first and the second on one rank or on two with FSDP2; KL off, as the reference moves."""
     kinds, ends = {"one": (1, []), "fsdp": (2, ["--fsdp"])}, {}
@@ -123,13 +130,11 @@ def test_ddp_and_fsdp_go_on_from_each_other_s_checkpoints(tmp_path):
             shutil.copytree(tmp_path / first, out)
             run_script("tests/ranks.py", "save", out, "--kl-coef", 0, *words, ranks=ranks)
             ends[first, then] = parameters(out, 2)
-    before = parameters(tmp_path / "one", 1)
-    for name, expected in ends["one", "one"].items():
-        if name.endswith("k_proj.bias"):
-            continue  # its gradient is 0, the same for all keys: AdamW makes steps of what rounding leaves
-        assert (expected - before[name]).abs().max() > 1e-4  # moments and all: an update by lr 1e-3
-        for found in ends.values():
-            assert torch.allclose(found[name], expected, rtol=0, atol=2e-5), name
+    before, expected = parameters(tmp_path / "one", 1), ends["one", "one"]
+    for name in expected:
+        assert (expected[name] - before[name]).abs().max() > 1e-4, name  # moments and all: an update by lr 1e-3
+    for found in ends.values():
+        assert distance(found, expected) < 0.01 * distance(expected, before)
 
 
 @pytest.fixture
@@ -160,19 +165,20 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(small):
     policy, ddp_policy, optimizer, before = small
     old = np.array([0.0, np.nan], np.float32)
     samples = [make_sample(0, 1.0, [9, 9], old_logprobs=old, advantage=1.0, loss_weight=1.0)]
-    assert update(ddp_policy, optimizer, samples, flags()) == {"updates_not_finite": 1}
+    assert optimizer_step(ddp_policy, optimizer, samples, flags(), on_policy=False) == {"updates_not_finite": 1}
     assert unchanged(policy, before)
     samples[0].old_logprobs[1] = -1.0
-    assert update(ddp_policy, optimizer, samples, flags())["updates"] == 1 and not unchanged(policy, before)
+    metrics = optimizer_step(ddp_policy, optimizer, samples, flags(), on_policy=False)
+    assert metrics["updates"] == 1 and not unchanged(policy, before)
 
 
 def test_the_gradient_is_clipped_to_the_flag_and_its_norm_is_logged_as_it_was(device, model_and_tokenizer):
     policy = Policy(model_and_tokenizer[0])
     samples = [make_sample(0, 1.0, [9, 9], advantage=1.0, loss_weight=0.5)]
-    fill_logprobs(policy, samples, 100)
+    fill_logprobs(policy, samples, 100, into="old_logprobs")
     before = [parameter.detach().clone() for parameter in policy.parameters()]
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    metrics = update(distribute(policy), optimizer, samples, flags("--grad-clip", 0.01))
+    metrics = optimizer_step(distribute(policy), optimizer, samples, flags("--grad-clip", 0.01), on_policy=False)
     moved = sum((new - old).square().sum() for new, old in zip(policy.parameters(), before)).sqrt().item()
     assert moved == pytest.approx(0.01, rel=1e-3) and metrics["grad_norm"] > 0.1
 
@@ -180,13 +186,13 @@ def test_the_gradient_is_clipped_to_the_flag_and_its_norm_is_logged_as_it_was(de
 def test_all_updates_of_a_step_share_the_policy_from_before_it(small):
     policy, ddp_policy, optimizer, before = small
     problems, samples = [Problem(i, "", "") for i in range(3)], [make_sample(i, 1.0, [9, 8, 7]) for i in range(3)]
-    expected = policy(**collate(samples, torch.device("cpu")))[0].detach().split(3)
+    expected = policy(**collate(samples, torch.device("cpu"))).detach().split(3)
     args = flags("--updates-per-step", 3)
     metrics = m_step(ddp_policy, optimizer, problems, samples, args)
     assert metrics["updates"] == 3 and not unchanged(policy, before)
     assert samples[0].old_logprobs is None  # the first update takes its own
     for sample, logprobs in zip(samples[1:], expected[1:]):
-        assert sample.old_logprobs == pytest.approx(logprobs.numpy(), abs=1e-5)
+        assert sample.old_logprobs == pytest.approx(logprobs.numpy(), abs=1e-4)
     assert metrics["loss"] < -1.01  # on its own policy, each update's would be -1
 
 
@@ -199,12 +205,13 @@ def test_the_first_update_needs_no_scoring(device, words):
         samples = [make_sample(i, 1.0, [9, 8, 7 + i], sampler_logprobs=np.full(3, -1.0, np.float32), advantage=1.0,
                                loss_weight=0.5) for i in range(3)]
         if scored:
-            fill_logprobs(policy, samples, 1000)
-        metrics = update(distribute(policy), torch.optim.SGD(policy.parameters(), lr=0.1), samples, flags(*words))
+            fill_logprobs(policy, samples, 1000, into="old_logprobs")
+        metrics = optimizer_step(distribute(policy), torch.optim.SGD(policy.parameters(), lr=0.1), samples, flags(*words),
+                                 on_policy=not scored)
         found.append(metrics | {name: p.detach().clone() for name, p in policy.named_parameters()})
     assert found[0]["sampler_gap"] > 1
     for name, value in found[0].items():
-        assert np.allclose(value, found[1][name], rtol=1e-5, atol=1e-6), name
+        assert np.allclose(value, found[1][name], rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize(("loss", "cap"), [("raft++", None), ("raft++", 2.0), ("raft", 1.5)])
@@ -216,16 +223,16 @@ def test_truncated_importance_weights_by_hand(small, loss, cap):
                for i, (ratio, o) in enumerate(zip(ratios, old))]
     args = flags("--updates-per-step", 1, "--loss", loss, *(["--truncated-is", cap] if cap else []))
     updates = split_updates([Problem(i, "", "") for i in range(2)], samples, args)
-    metrics = train_step(ddp_policy, optimizer, updates, args)
+    metrics = train_step(ddp_policy, optimizer, [[], *updates], args)  # an empty one first: this one is off-policy
     gaps = np.abs(np.log(np.concatenate(ratios)))
     assert metrics["sampler_gap"] == pytest.approx(gaps.mean())
     assert metrics["updates"] == 1 and not unchanged(policy, before)
     # Two prompts of one right sample, with a mean length of 2: a weight of 1/4, times what the cap leaves of the ratio.
     weights = np.minimum(np.concatenate(ratios), cap) / 4 if cap else np.full(4, 1 / 4)
-    logprobs = policy(**collate(samples, torch.device("cpu")))[0].detach()
+    logprobs = policy(**collate(samples, torch.device("cpu"))).detach()
     losses, _ = LOSSES[loss](logprobs, torch.tensor(np.concatenate(old)), torch.ones(4), args)
     expected = (torch.tensor(weights) * losses).sum().item()
-    assert micro_batch_loss(ddp_policy, samples, args)[0].item() == pytest.approx(expected, rel=1e-5)
+    assert micro_batch_loss(ddp_policy, samples, args, on_policy=False)[0].item() == pytest.approx(expected, rel=1e-4)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -259,26 +266,33 @@ def test_weight_decay_is_the_flag_s(train_here):
         assert torch.allclose(weights - with_decay[name], 1e-3 * 20 * initial[name], atol=1e-6), name
 
 
-WINDOWS = {1: ["--candidates-per-step", 16],  # by the number of ranks: predictions, and a pilot for three steps
-           2: ["--no-predict", "--pilot-samples", 2, "--e-step-every", 3]}
+RUNS = {  # ranks, and flags: as published; a pilot for three steps; predictions
+    "published": (1, SMALL), "plan": (2, [*SMALL, "--e-step-every", 3]), "predicted": (1, [*SMALL, "--candidates-per-step", 16])}
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Four steps without interruption, for 1 and 2 ranks."""
-    folders = {ranks: tmp_path_factory.mktemp("straight") / str(ranks) for ranks in (1, 2)}
-    for ranks, out in folders.items():
-        run_script("raft.py", *SMALL, *WINDOWS[ranks], "--out", out, ranks=ranks)
-    return folders
+    """From a name in RUNS to the folder of four steps without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+
+    @functools.cache
+    def run_of(name):
+        ranks, words = RUNS[name]
+        run_script("raft.py", *words, "--out", folder / name, ranks=ranks)
+        return folder / name
+
+    return run_of
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, ranks):
-    check_killed_and_resumed("raft.py", [*SMALL, *WINDOWS[ranks]], straight[ranks], tmp_path / "run", ranks)
+@pytest.mark.parametrize("name", ["published", slow("plan"), slow("predicted")])
+def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, name):
+    ranks, words = RUNS[name]
+    check_killed_and_resumed("raft.py", words, straight(name), tmp_path / "run", ranks)
 
 
+@pytest.mark.slow
 def test_the_log_counts_everything(straight, toy):
-    one, two = read_log(straight[1]), read_log(straight[2])
+    one, two = read_log(straight("predicted")), read_log(straight("plan"))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 1, 2, 3, 4]
     assert [line["samples"] for line in one] == [0, 32, 64, 96, 128]
     assert two[3]["samples"] == 3 * 32 + 3 * 8 * 2 and two[4]["samples"] > two[3]["samples"] + 48  # pilots on top
@@ -287,14 +301,14 @@ def test_the_log_counts_everything(straight, toy):
         assert all(line["updates"] + line["updates_empty"] == 2 * line["step"] for line in lines)
         assert all(("predicted_accept_rate" in line) == (lines is one) for line in lines[1:])
         assert lines[-1]["tokens"] > lines[-1]["samples"] and 0 < lines[-1]["accept_rate"] < 1 and lines[-1]["kl"] >= 0
-    record = json.loads((straight[1] / "args.json").read_text())
+    record = json.loads((straight("predicted") / "args.json").read_text())
     assert record["flags"]["steps"] == 4 and record["versions"]["torch"] == torch.__version__
     assert one[0]["eval_accuracy"] == two[0]["eval_accuracy"]
-    checkpoint = straight[1] / "checkpoints" / "step-000004"
+    checkpoint = straight("predicted") / "checkpoints" / "step-000004"
     assert AutoTokenizer.from_pretrained(checkpoint).chat_template and AutoTokenizer.from_pretrained(toy)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, slow(2)])
 def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
     check_sigterm_saves_the_step_and_exits("raft.py", [], tmp_path / "run", ranks)
 
@@ -303,8 +317,8 @@ def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
     (["--data", "missing.jsonl"], "missing.jsonl: no such file"),
     (["--data", "gsm8k"], "--data gsm8k: is there to evaluate"),
     (["--model", "missing"], "--model missing: cannot be loaded"),
-    (["--no-predict", "--pilot-samples", 5], "--samples-per-prompt is below --pilot-samples"),
-    (["--e-step-every", 2], "add --no-predict"),
+    (["--pilot-samples", 5], "--samples-per-prompt is below --pilot-samples"),
+    (["--e-step-every", 2, "--allocator", "uniform"], "no pilot is taken with --allocator uniform"),
     (["--prompts-per-step", 100_000], "--prompts-per-step: from"),
     (["--updates-per-step", 40], "--prompts-per-step: from --updates-per-step"),
     (["--max-prompt-tokens", 1], "every prompt is longer"),
@@ -315,16 +329,16 @@ def test_bad_input_is_one_line_and_leaves_no_run_behind(device, tmp_path, words,
     assert "\n" not in str(error.value) and not (tmp_path / "run" / "args.json").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, slow(2)])
 def test_users_see_one_line_and_exit_code_2(straight, ranks):
-    before = (straight[1] / "log.jsonl").read_text()
-    done = run_script("raft.py", "--out", straight[1], ranks=ranks, check=False)
+    before = (straight("published") / "log.jsonl").read_text()
+    done = run_script("raft.py", "--out", straight("published"), ranks=ranks, check=False)
     ours = [line for line in done.stderr.splitlines() if line.startswith("raft.py: error")]
-    assert len(ours) == 1 and "--resume" in ours[0] and (straight[1] / "log.jsonl").read_text() == before
+    assert len(ours) == 1 and "--resume" in ours[0] and (straight("published") / "log.jsonl").read_text() == before
     assert ranks > 1 or done.returncode == 2 and done.stderr.splitlines() == ours
 
 
-@pytest.mark.parametrize("allocator", ["gvm", "uniform"])
+@pytest.mark.parametrize("allocator", ["gvm", slow("uniform")])
 def test_training_helps(tmp_path, allocator):
     run_script("raft.py", "--allocator", allocator, "--steps", 20, "--out", tmp_path / "run")
     log = read_log(tmp_path / "run")
@@ -332,14 +346,15 @@ def test_training_helps(tmp_path, allocator):
     assert log[-1]["samples"] == 20 * 16 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_checkpoint_of_any_number_of_ranks_is_resumed_by_any_other(straight, tmp_path, first, then):
-    words = [*SMALL, *WINDOWS[1], "--out", tmp_path / "run"]
+    words = [*RUNS["predicted"][1], "--out", tmp_path / "run"]
     run_script("raft.py", *words, "--steps", 2, ranks=first)
     run_script("raft.py", *words, "--resume", ranks=then)
-    for found, expected in zip(read_log(tmp_path / "run"), read_log(straight[1]), strict=True):
+    for found, expected in zip(read_log(tmp_path / "run"), read_log(straight("predicted")), strict=True):
         gaps = {name for name in found if name.startswith("sampler_gap")}  # rounding alone
         found, expected = ({name: x for name, x in line.items() if name not in gaps} for line in (found, expected))
         assert same_log(found, expected)
-    resumed, expected = parameters(tmp_path / "run", 4), parameters(straight[1], 4)
-    assert all(torch.allclose(resumed[name], expected[name], atol=2e-4) for name in expected)
+    resumed, expected = parameters(tmp_path / "run", 4), parameters(straight("predicted"), 4)
+    assert distance(resumed, expected) < 0.05 * distance(expected, load_model(flags(), torch.device("cpu"))[0].state_dict())

@@ -10,10 +10,8 @@ import torch
 from conftest import flags
 from safetensors import safe_open
 
-from data import InputError
-from model import load_optimizer, newest_checkpoint, save_checkpoint
-from run import RunState, claim_folder, digest, start_log, write_json
-from run import run_script as run_main
+from checkpoint import RunState, claim_folder, digest, load_optimizer, newest_checkpoint, save_checkpoint, start_log
+from run import InputError, run_script as run_main, write_json
 
 
 @pytest.mark.parametrize(("words", "named"), [

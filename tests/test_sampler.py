@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import flags, make_sample, run_script
 
-from data import InputError, Problem, encode_prompt
-from gvm import describe, problems_of_step
+from data import Problem, encode_prompt, load_prompts
+from gvm import problems_of_step
+from metrics import describe_step
 from model import load_model
-from sampler import SAMPLERS, HfSampler, draw, gumbel_max, load_prompts, make_sampler
+from run import InputError
+from sampler import SAMPLERS, HfSampler, draw, gumbel_max, make_sampler
 
 
 def generators(number: int) -> list[torch.Generator]:
@@ -142,6 +144,7 @@ def test_a_rank_may_have_nothing_to_draw(device, model_and_tokenizer, grader, pr
                 temperature=1.0) == []
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_what_one_draws(device, model_and_tokenizer, grader, problems, tmp_path):
     run_script("tests/ranks.py", "draw", tmp_path / "two.json", ranks=2)
     sampler = HfSampler(*model_and_tokenizer, flags())
@@ -167,7 +170,7 @@ def test_describe_by_hand():
     rewards, problems = {0: [1, 1], 1: [0, 1, 0], 2: [0]}, [Problem(i, "", "") for i in range(4)]  # 3 gets no samples
     samples = [make_sample(i, reward, [1, 2, 3]) for i, group in rewards.items() for reward in group]
     for order in (samples, samples[::-1]):
-        metrics = describe(problems, order, [make_sample(9, 1.0, [1])])
+        metrics = describe_step(problems, order, drawn=[*order, make_sample(9, 1.0, [1])])  # a pilot's, apart
         assert metrics["samples"] == 7 and metrics["tokens"] == 19 and metrics["accept_rate"] == 0.5
         names = ("never", "sometimes", "always")
         assert [metrics[f"budget_{name}"] for name in names] == pytest.approx([1 / 6, 3 / 6, 2 / 6])
@@ -175,5 +178,5 @@ def test_describe_by_hand():
 
 
 def test_a_step_of_a_plan_may_get_no_samples():
-    metrics = describe([Problem(0, "", ""), Problem(1, "", "")], [], [])
+    metrics = describe_step([Problem(0, "", ""), Problem(1, "", "")], [], [])
     assert (metrics["samples"], metrics["accept_rate"], metrics["prompts_never"]) == (0, None, 1.0)

@@ -10,19 +10,22 @@ from transformers import AutoConfig
 
 import raft
 import run
+from batches import distribute, fill_norms, prompt_states
 from data import TOY, Problem
-from gvm import prompt_states
-from model import Policy, distribute, load_model
-from sampler import fill_logprobs
+from gvm import settle_budget
+from model import Policy, load_model
 
-PILOT = ["--no-predict", "--pilot-samples", 2]
+PILOT = ["--pilot-samples", 2]
 LENGTHS = ["--prompt-tokens", 12, "--response-tokens", 10]
 STEP = ["--prompts-per-step", 4, "--samples-per-prompt", 2, "--updates-per-step", 1, "--trained-share", 1.0]
 
 
 def flags(*words):
     """The flags of the script; with STEP and LENGTHS, a step has eight samples of 22 tokens, and all are trained on."""
-    return run.parse_flags(list(map(str, (*STEP, *LENGTHS, *words))), step_cost.__doc__, raft.add_flags, step_cost.add_flags)
+    words = list(map(str, (*STEP, *LENGTHS, *words)))
+    args = run.parse_flags(words, step_cost.__doc__, raft.add_flags, step_cost.add_flags)
+    settle_budget(args, args.objective)
+    return args
 
 
 def costs(*words) -> dict:
@@ -50,8 +53,8 @@ def test_training_takes_the_operations_that_torch_counts(device, checkpointing):
 def test_scoring_takes_the_operations_that_torch_counts(device):
     policy = Policy(load_model(flags(), device)[0])
     with FlopCounterMode(display=False) as counter:
-        fill_logprobs(policy, eight_samples(), 100_000, with_norms=True)
-    expected = costs("--gpus", 1, "--no-predict", "--pilot-samples", 2)["scoring"][0]  # a budget that is all pilot
+        fill_norms(policy, eight_samples(), 100_000)
+    expected = costs("--gpus", 1, "--pilot-samples", 2)["scoring"][0]  # a budget that is all pilot
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
 
 
@@ -78,10 +81,10 @@ def test_a_prediction_takes_the_operations_that_torch_counts(device):
 def test_predictions_and_pilots_by_hand():
     five = ["--samples-per-prompt", 5, *PILOT]
     assert step_cost.draws(flags("--allocator", "uniform")) == (1, 0)
-    assert step_cost.draws(flags()) == (1, 0)
+    assert step_cost.draws(flags("--candidates-per-step", 4)) == (1, 0)
     assert step_cost.draws(flags(*five)) == (2, 0)
     assert step_cost.draws(flags("--e-step-every", 4, *five)) == (1.25, 8)
-    assert step_cost.scored_share(flags()) == 1
+    assert step_cost.scored_share(flags("--candidates-per-step", 4)) == 1
     assert step_cost.scored_share(flags(*five)) == pytest.approx(2 / 5)
     assert step_cost.scored_share(flags("--allocator", "uniform")) == 0
     # A token costs a pilot and the budget the same: with as many of each, a step draws twice as much.

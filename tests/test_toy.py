@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import TOY, flags
 
+from data import load_prompts
 from model import load_model
-from sampler import EVALUATION, HfSampler, draw, load_prompts
+from sampler import EVALUATION, HfSampler, draw
 
 # Problems, and the shares that none and all of 16 samples solve: means of (1 - p)^16 and p^16, with p by 64 others.
 MIXES = {"train": (1000, 0.25, 0.36), "spared": (2000, 0.19, 0.09), "hard": (1000, 0.57, 0.12)}
@@ -29,6 +30,7 @@ def test_four_references_in_a_hundred_are_wrong(mix):
     assert sum(eval(row["problem"]) != int(row["answer"]) for row in rows) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", MIXES)
 def test_the_model_solves_what_a_mix_promises(mix, device, grader):
     _, never, always = MIXES[mix]

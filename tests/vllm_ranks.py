@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from conftest import flags, m_step
 
-from data import Grader, Problem, encode_prompt
-from model import Policy, distribute, load_model
+from batches import distribute, fill_logprobs
+from data import Problem, encode_prompt, load_prompts
+from grader import Grader
+from model import Policy, load_model
 from run import join_ranks, run_script
-from sampler import HfSampler, draw, fill_logprobs, load_prompts, make_sampler
+from sampler import HfSampler, draw, make_sampler
 
 LONG = "1+" * 135  # with these, prompts share more than 256 tokens: two blocks of vLLM's cache
 
@@ -33,7 +35,7 @@ def main() -> None:
         def sample(problems: list[Problem], counts: list[int], step: int) -> list:
             samples = draw(sampler, grader, problems, counts, seed_key=(0, 0, step),
                            temperature=args.temperature)
-            fill_logprobs(policy, samples, args.tokens_per_micro_batch)
+            fill_logprobs(policy, samples, args.tokens_per_micro_batch, into="old_logprobs")
             return samples
 
         def gap(samples: list) -> float:

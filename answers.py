@@ -1,0 +1,96 @@
+"""What is right: the box of a response, what a reference reduces to, and when the two are equal.
+
+    extract_boxed("Adding up, we get \\boxed{18}.")       # "18"
+    reference_answer("She has 3 * 6 eggs.\n#### 18")      # "18"
+    equivalent("0.5", "\\frac{1}{2}")                     # True
+
+As a script it is a worker of grader.py. It imports nothing of the project, to start soon.
+"""
+
+import json
+import logging
+import re
+import signal
+import sys
+from contextlib import suppress
+
+import numpy as np
+
+# What may stand between boxes that are one answer: "\boxed{2} and $\boxed{3}$".
+BETWEEN_BOXES = re.compile(r"(?:[\s,;$~{}]|and\b|or\b|\\(?:text|mathrm|q?quad|[,;:! \\()\[\]]))*")
+
+
+def extract_boxed(text: str) -> str | None:
+    """The content of the last `\\boxed{...}`; None if there is none or it never closes.
+
+    Boxes with nothing but "and", "or", commas and spaces between them are one: "2, 3".
+    """
+    contents = []
+    for part in reversed(text.split("\\boxed{")[1:]):
+        depth = 1
+        for token in re.finditer(r"\\.|[{}]", part, re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(token.group(), 0)  # `\{`, a printed brace, does not nest
+            if depth == 0:
+                break
+        if depth or (contents and not BETWEEN_BOXES.fullmatch(part, token.end())):
+            break
+        contents.insert(0, part[: token.start()].strip())
+    return ", ".join(dict.fromkeys(contents)) if contents else None
+
+
+def reference_answer(value) -> str:
+    """What belongs in the box, from what real files hold; "" if there is nothing.
+
+    `... #### 1,234` (GSM8K) -> "1234"; a solution -> the content of its last box; 27.0 or "27.0"
+    (AMC) -> "27"; "$x$, $y$" -> "x, y"; ["$2$", "$3$"] (OlympiadBench) -> "2, 3".
+    """
+    if isinstance(value, (list, tuple)):
+        return ", ".join(filter(None, map(reference_answer, value)))
+    if value is None or value != value or isinstance(value, (dict, bytes)):
+        return ""  # NaN, the only value that differs from itself, is a missing one
+    if isinstance(value, float):
+        value = np.format_float_positional(value, trim="-")  # not 1e+16
+    text = str(value).strip()
+    if "####" in text:
+        return text.rpartition("####")[2].strip().replace(",", "").removeprefix("$")
+    if (boxed := extract_boxed(text)) is not None:
+        return boxed
+    text = re.sub(r"(?<!\\)\$", "", text).strip()  # dollars around math, not \$
+    return re.sub(r"^([-+]?\d+)\.0+$", r"\1", text)
+
+
+def equivalent(boxed: str, answer: str) -> bool:
+    """Math-Verify's judgement of a boxed response. May hang or exhaust memory: see grader.py.
+
+    Only its LaTeX reader is used: the reader for plain expressions ends in Python's `eval`.
+    """
+    from math_verify import LatexExtractionConfig, parse, verify  # slow; the workers alone need it
+
+    def read(text: str) -> list:
+        # Math-Verify reads neither LaTeX's spaces nor a full stop or line break at the end.
+        text = re.sub(r"(?<!\\)\\(?:!\s*|[,;: ])|~|(?<=[\d}])\.$|\\+$", "", text)
+        return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
+
+    return verify(read(answer), read(boxed), timeout_seconds=None)  # the worker has a deadline
+
+
+def work(deadline: float) -> None:
+    """A worker of grader.py: lines of (boxed, answer) pairs in, lines of (score, failed) out.
+
+    The kernel ends the process if one pair takes more than `deadline` seconds.
+    """
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # or it warns of odd answers
+    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no reply
+    equivalent("1", "2")  # imports Math-Verify
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, deadline)
+        grade = 0.0, True
+        with suppress(MemoryError, RecursionError):
+            grade = float(equivalent(*json.loads(line))), False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(grade), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    work(deadline=float(sys.argv[1]))

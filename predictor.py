@@ -1,0 +1,135 @@
+"""p and G of prompts that nobody has sampled yet: online regressions. Numpy only. Read it last.
+
+The paper spends a pilot to learn p and G. Here they are predicted from numbers about the prompt, of
+which any will do that are known before sampling; gvm.py takes the model's own hidden states. What
+is then drawn is what the regressions learn from.
+
+    predictor = Predictor({})                            # its `learnt` goes into your checkpoints
+    features = predictor.features(states)                # states: (prompts, numbers)
+    p, weights = predictor.weights(features, rule)       # rule: (p, G+, G-) to weights
+    ...                                                  # allocate, draw, grade
+    predictor.learn(features, p, table)                  # table: of allocator.summarise_samples
+"""
+
+import numpy as np
+
+FORGET = 0.98  # of what was learnt, how much is left after a step: the policy moves
+NUM_STATES = 256  # of each prompt, at most: regressions on them cost next to nothing
+RIDGE = 30.0  # prior precision of a regression's coefficients
+LOGARITHMS = ("norm_right", "norm_wrong")  # of these columns of a table it learns the logarithms
+
+# What is believed about a single p is a distribution over a grid of log-odds ln p/q.
+LOG_ODDS = np.linspace(-12, 12, 97)
+LOG_P, LOG_Q = -np.logaddexp(0, -LOG_ODDS), -np.logaddexp(0, LOG_ODDS)
+STRENGTHS = np.geomspace(0.25, 64, 9)  # kappa: how many samples a prediction may be worth
+
+
+def logistic(x: np.ndarray) -> np.ndarray:
+    """p = 1 / (1 + e^-x), without overflow."""
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+def regress(belief: tuple, features, targets, num_drawn, is_share: bool) -> tuple:
+    """One step of an online regression; returns the new belief about its coefficients.
+
+    The model is E[target] = features @ c, or for shares logistic(features @ c). belief: c is
+    Gaussian, (mean, precision). A little faded, it is the prior for what was seen now.
+    features: (prompts, features). targets: (prompts,), each with a weight of num_drawn.
+    """
+    prior_mean, prior = belief
+    prior = FORGET * prior + (1 - FORGET) * RIDGE * np.eye(len(prior_mean))
+
+    def loss(c: np.ndarray) -> float:  # of shares: -ln of the posterior of c, but for a constant
+        x, change = features @ c, c - prior_mean
+        return num_drawn @ (np.logaddexp(0, x) - targets * x) + change @ prior @ change / 2
+
+    mean = prior_mean
+    for _ in range(4):  # Newton's steps to the likeliest c
+        expected = logistic(features @ mean) if is_share else features @ mean
+        slope = expected * (1 - expected) if is_share else 1.0
+        gradient = features.T @ (num_drawn * (targets - expected)) - prior @ (mean - prior_mean)
+        precision = (features.T * (num_drawn * slope)) @ features + prior
+        step = np.linalg.solve(precision, gradient)
+        while is_share and loss(mean + step) > loss(mean) + 1e-6:  # it went too far
+            step = step / 2
+        mean = mean + step
+    return mean, precision
+
+
+def betas(mu: np.ndarray) -> np.ndarray:
+    """Beta(kappa mu, kappa (1 - mu)) for each kappa, on the grid: (strengths, prompts, grid).
+
+    Its density in log-odds is p^a q^b (in p it would be p^(a-1) q^(b-1)). mu is kept away from 0
+    and 1, so that a prediction never rules a prompt out for good.
+    """
+    mu = mu.clip(0.005, 0.995)
+    a, b = (STRENGTHS[:, None, None] * share[:, None] for share in (mu, 1 - mu))
+    logs = a * LOG_P + b * LOG_Q
+    values = np.exp(logs - logs.max(axis=2, keepdims=True))
+    return values / values.sum(axis=2, keepdims=True)
+
+
+class Predictor:
+    """Predicts p, G+ and G-, and learns from what is then drawn.
+
+    learnt: all that it has learnt, arrays by name, in a form that JSON can keep as lists: {} at
+    first, or another predictor's `learnt`. The first call of `features` needs several prompts.
+    """
+
+    def __init__(self, learnt: dict):
+        self.learnt = {name: np.asarray(values) for name, values in learnt.items()}
+
+    def features(self, states: np.ndarray) -> np.ndarray:
+        """States standardised as the first step's were, clipped, and a 1: (prompts, features)."""
+        if states.shape[1] > NUM_STATES:  # the same random directions in every step
+            directions = np.random.default_rng(0).normal(size=(states.shape[1], NUM_STATES))
+            states = states @ directions / np.sqrt(states.shape[1])
+        known, size = self.learnt, states.shape[1] + 1
+        if not known:
+            known |= {"centre": states.mean(axis=0), "scale": states.std(axis=0) + 1e-6}
+            known["log_evidence"] = np.zeros(len(STRENGTHS))  # of each kappa
+            for name in ("p", *LOGARITHMS):  # of p, ln p/q is linear in the features, q = 1 - p
+                known |= {f"{name}_mean": np.zeros(size), f"{name}_precision": RIDGE * np.eye(size)}
+        standard = (states - known["centre"]) / known["scale"]
+        return np.hstack([standard.clip(-10, 10), np.ones((len(states), 1))])
+
+    def predict(self, features: np.ndarray, name: str) -> np.ndarray:
+        """One of LOGARITHMS, (prompts,)."""
+        return np.exp(features @ self.learnt[f"{name}_mean"])
+
+    def weights(self, features: np.ndarray, rule) -> tuple[np.ndarray, np.ndarray]:
+        """(mu, sqrt(E[w^2])), (prompts,) each: the mean of p, and a rule's weights.
+
+        p is Beta(kappa mu, kappa (1 - mu)), averaged over kappa by how well each has explained the
+        samples so far; the expectation of w^2 is over this p. rule: (p, G+, G-), (prompts,) each,
+        to weights. It is called with one p after another, each the same for all prompts.
+        """
+        known = self.learnt
+        x = features @ known["p_mean"]  # ln p/q, and its variance
+        variance = (features * np.linalg.solve(known["p_precision"], features.T).T).sum(axis=1)
+        mu = logistic(x / np.sqrt(1 + np.pi / 8 * variance))  # E[p], MacKay's approximation
+        evidence = np.exp(known["log_evidence"] - known["log_evidence"].max())
+        prior = np.tensordot(evidence / evidence.sum(), betas(mu), 1)  # (prompts, grid)
+        norms = [self.predict(features, name) for name in ("norm_right", "norm_wrong")]
+        squares = [rule(np.full(len(mu), p), *norms) ** 2 for p in np.exp(LOG_P)]  # grid x prompts
+        return mu, np.sqrt((prior.T * squares).sum(axis=0))
+
+    def learn(self, features: np.ndarray, mu: np.ndarray, table: dict) -> None:
+        """From a step's samples. table: of summarise_samples. mu: what was predicted for them."""
+        known, right, drawn = self.learnt, table["num_right"], table["num_drawn"]
+
+        # How likely is the table under each kappa? ln P(table | kappa), faded like all else.
+        log_likelihood = np.outer(right, LOG_P) + np.outer(drawn - right, LOG_Q)  # (prompts, grid)
+        likelihood = np.exp(log_likelihood - log_likelihood.max(axis=1, keepdims=True))
+        evidence = np.log((betas(mu) * likelihood).sum(axis=2)).sum(axis=1)  # (strengths,)
+        known["log_evidence"] = FORGET * known["log_evidence"] + evidence
+
+        # Targets of the regressions, and their weights.
+        targets_of = {"p": (right / np.maximum(drawn, 1), drawn)}
+        for name in LOGARITHMS:
+            is_seen = table[name] > 0  # 0: no sample of this kind
+            targets_of[name] = np.log(np.where(is_seen, table[name], 1.0)), is_seen
+        for name, (targets, num_drawn) in targets_of.items():
+            belief = known[f"{name}_mean"], known[f"{name}_precision"]
+            belief = regress(belief, features, targets, num_drawn, is_share=name == "p")
+            known[f"{name}_mean"], known[f"{name}_precision"] = belief

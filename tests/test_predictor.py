@@ -1,0 +1,120 @@
+"""predictor.py: regressions by hand and where the slope is zero, beliefs about p, and what a predictor learns."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from allocator import allocate_or_leave, gvm_weights, summarise_samples
+from predictor import LOG_P, RIDGE, STRENGTHS, Predictor, betas, logistic, regress
+
+
+def test_regressions_find_the_most_likely_coefficients():
+    generator = np.random.default_rng(0)
+    features, drawn = generator.normal(size=(40, 3)), generator.integers(1, 5, 40)
+    targets, start = generator.normal(size=40), (np.zeros(3), RIDGE * np.eye(3))
+    mean, precision = regress(start, features, targets, np.ones(40), is_share=False)
+    assert precision == pytest.approx(features.T @ features + RIDGE * np.eye(3))
+    assert mean == pytest.approx(np.linalg.solve(precision, features.T @ targets))
+    shares = generator.binomial(drawn, 0.3) / drawn
+    mean, _ = regress(start, features, shares, drawn, is_share=True)
+    slope = features.T @ (drawn * (shares - logistic(features @ mean))) - RIDGE * mean
+    assert slope == pytest.approx(np.zeros(3), abs=1e-9)
+
+
+def test_a_regression_survives_a_policy_that_turns_round():
+    """Newton's step from a belief that is sure and wrong is far too long: undamped, it never comes back."""
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(1000, 20))
+    rates, drawn, belief = logistic(4 * features @ generator.normal(size=20)), np.full(1000, 8), (np.zeros(20), RIDGE * np.eye(20))
+    for p in [rates] * 10 + [1 - rates] * 5:
+        belief = regress(belief, features, generator.binomial(drawn, p) / drawn, drawn, is_share=True)
+    assert np.mean(np.abs(logistic(features @ belief[0]) - (1 - rates))) < 0.3
+
+
+def test_a_regression_forgets_and_goes_on_from_what_it_knew():
+    features, belief = np.eye(2), (np.array([1.0, 2.0]), np.diag([100.0, 100.0]))
+    mean, precision = regress(belief, features, np.array([3.0, 3.0]), np.array([1, 0]), is_share=False)
+    prior = 0.98 * 100 + 0.02 * RIDGE
+    assert precision == pytest.approx(np.diag([prior + 1, prior]))
+    assert mean == pytest.approx([(prior * 1.0 + 3.0) / (prior + 1), 2.0])  # without a sample it stays as it was
+
+
+def teach(predictor: Predictor, generator, steps: int = 30) -> tuple:
+    """The last step's (p, ln of the true norms, what was predicted): p depends on one state, the norms on another."""
+    for _ in range(steps):
+        states = generator.normal(size=(16, 5))
+        p, drawn = logistic(3 * states[:, 0]), np.where(np.arange(16) < 12, 4, 0)  # four are left out
+        features = predictor.features(states)
+        mu, _ = predictor.weights(features, lambda p, right, wrong: right)
+        right = generator.binomial(drawn, p)
+        norms = np.where(right > 0, np.exp(states[:, 1]), 0.0)
+        table = {"num_right": right, "num_drawn": drawn, "norm_right": norms, "norm_wrong": 0 * p}
+        predictor.learn(features, mu, table)
+    return p, states[:, 1], mu, features
+
+
+def test_the_predictor_learns_what_separates_prompts():
+    predictor = Predictor({})
+    p, log_norms, mu, features = teach(predictor, np.random.default_rng(0))
+    assert np.corrcoef(mu, p)[0, 1] > 0.9
+    assert STRENGTHS[predictor.learnt["log_evidence"].argmax()] > 1  # a prediction that holds is believed
+    _, weights = predictor.weights(features, lambda p, right, wrong: right)
+    assert np.corrcoef(np.log(weights), log_norms)[0, 1] > 0.9
+    assert predictor.weights(features, lambda p, right, wrong: wrong)[1] == pytest.approx(np.ones(16))  # it has seen none
+
+
+def test_what_the_predictor_has_learnt_goes_through_json():
+    one, generator = Predictor({}), np.random.default_rng(0)
+    teach(one, generator)
+    two = Predictor(json.loads(json.dumps({name: array.tolist() for name, array in one.learnt.items()})))
+    states = generator.normal(size=(16, 5))
+    for predictor in (one, two):
+        teach(predictor, np.random.default_rng(1), steps=2)
+    for name, array in one.learnt.items():
+        assert (two.learnt[name] == array).all(), name
+    assert (one.features(states) == two.features(states)).all()
+
+
+def test_features_by_hand():
+    predictor = Predictor({})
+    states = np.array([[1.0, 5.0], [3.0, 5.0]])
+    assert predictor.features(states) == pytest.approx(np.array([[-1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]), abs=1e-5)
+    assert predictor.features(states[:1] + [2, 1]) == pytest.approx(np.array([[1.0, 10.0, 1.0]]), abs=1e-5)  # an outlier is cut
+    mu, weights = predictor.weights(predictor.features(states * 1e9), lambda p, right, wrong: gvm_weights(p, right))
+    assert np.isfinite(mu).all() and np.isfinite(weights).all()
+
+
+def test_a_prior_is_the_beta_that_it_should_be_and_weights_are_its_mean():
+    beta = betas(np.array([0.25]))[4, 0]  # kappa = 4
+    p = np.exp(LOG_P)
+    assert STRENGTHS[4] == pytest.approx(4) and beta @ p == pytest.approx(0.25, abs=1e-3)
+    assert beta @ p**2 == pytest.approx(1 * 2 / (4 * 5), abs=1e-3)  # E[p^2] of Beta(1, 3)
+    predictor = Predictor({})
+    features = predictor.features(np.random.default_rng(0).normal(size=(3, 2)))
+    predictor.learnt["log_evidence"] = np.where(np.arange(9) == 4, 0.0, -1e9)  # kappa is known to be 4
+    predictor.learnt["p_mean"] = np.array([0.0, 0.0, np.log(1 / 3)])
+    predictor.learnt["p_precision"] = 1e12 * np.eye(3)
+    mu, weights = predictor.weights(features, lambda p, right, wrong: p)
+    assert mu == pytest.approx([0.25] * 3) and weights == pytest.approx([np.sqrt(0.1)] * 3, abs=1e-3)
+
+
+def test_it_imports_numpy_alone():
+    program = "import sys, predictor; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_the_docstring_s_steps_in_your_project():
+    """Features, weights, counts, samples, learning: a budget goes where the predictor has learnt that it helps."""
+    generator, predictor = np.random.default_rng(0), Predictor({})
+    for _ in range(5):
+        features = predictor.features(generator.normal(size=(9, 6)))
+        p, weights = predictor.weights(features, lambda p, right, wrong: gvm_weights(p, right, alpha=0.01))
+        counts = allocate_or_leave(weights, budget=16, smallest=1)
+        prompts = np.repeat(np.arange(9), counts)
+        is_right = generator.random(16) < 0.5
+        predictor.learn(features, p, summarise_samples(prompts, is_right, np.ones(16), num_prompts=9))
+    assert counts.sum() == 16 and predictor.learnt["p_mean"].any()
