@@ -29,6 +29,7 @@ BENCHMARKS = {  # hub data set:config:split
     "amc23": "math-ai/amc23::test",
     "gsm8k": "openai/gsm8k:main:test",
 }
+TRAINING, EVALUATION, ORDER = 0, 1, 2  # what random numbers are for: a part of their seed
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # "\\ud800" in JSON, which cannot be encoded
 
 # The prompt, as published.
@@ -196,6 +197,21 @@ def load_prompts(spec: str, split: str, tokenizer, args, limit=None) -> list[Pro
         print0(f"{spec}: dropped {len(problems) - len(fitting)} of {len(problems)} prompts, "
                "over --max-prompt-tokens")
     return fitting
+
+
+# --- which problems a step gets ----------------------------------------------------------------
+def prompts_looked_at(args) -> int:
+    """How many prompts a step takes from the data; predictions leave some without samples."""
+    return args.candidates_per_step or args.prompts_per_step
+
+
+def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
+    """The problems of step 1, 2, ...: a function of --seed and the step alone. Each epoch goes once
+    through a new order of all problems; those too few for a step are left."""
+    m = prompts_looked_at(args)
+    epoch, position = divmod(step - 1, len(problems) // m)
+    order = np.random.default_rng((args.seed, ORDER, epoch)).permutation(len(problems))
+    return [problems[i] for i in order[position * m : (position + 1) * m]]
 
 
 # --- the same problems as before, and on all ranks ---------------------------------------------

@@ -25,14 +25,14 @@ from transformers.utils import cached_file
 
 from answers import extract_boxed
 from checkpoint import claim_folder
-from data import BENCHMARKS, SYSTEM_PROMPT, TOY, Problem, compare_problems, encode_prompt
-from data import load_prompts, read_rows, sample_rows
+from data import BENCHMARKS, EVALUATION, SYSTEM_PROMPT, TOY, Problem, compare_problems
+from data import encode_prompt, load_prompts, read_rows, sample_rows
 from grader import Grader
 from metrics import as_table, summarise
 from model import add_model_flags, load_model
 from run import InputError, append_rows, join_ranks, non_negative, on_every_rank, on_rank0
 from run import parse_flags, positive_int, print0, read_json, run_script, share_out, write_json
-from sampler import EVALUATION, add_sampler_flags, draw, make_sampler
+from sampler import add_sampler_flags, draw, make_sampler
 
 
 # --- during training -------------------------------------------------------------------------

@@ -14,19 +14,20 @@ import numpy as np
 
 from allocator import allocate, allocate_or_leave, gvm_weights, reward_weights, summarise_samples
 from batches import fill_norms, prompt_states
-from data import Problem, Sample
+from data import TRAINING, Problem, Sample, problems_of_step, prompts_looked_at
 from grader import Grader
 from metrics import describe_pilot, describe_prediction, describe_step
 from model import Policy
 from predictor import Predictor
 from run import InputError, Stopped, StopSignal, gather, non_negative, number, positive_int, print0
-from sampler import ORDER, TRAINING, HfSampler, VllmSampler, draw
+from sampler import HfSampler, VllmSampler, draw
 
 
 def e_step(problems: list[Problem], step: int, state, source: "SampleSource", args) -> tuple:
     """Draw the samples of a training step where they reduce the variance of its gradient most.
 
     problems: all of them. Returns (those of the step, the samples to train on, metrics).
+
     The pilot is a part of the step's samples. With --e-step-every K it serves K steps: it is drawn
     once, of the prompts of all K, and only informs; its table is kept for them in state.plan.
     """
@@ -36,9 +37,8 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
     rule, pilot_size = RULES[args.allocator], args.pilot_samples
     reused = pilot_size if args.e_step_every == 1 else 0  # of each prompt's n_i
     batch, pilot = problems_of_step(problems, step, args), []
-    table = None if reused else state.plan
-    # No table of these prompts: a pilot that is reused comes in every step, another one every K.
-    if rows_of_step(table, step)["id"].tolist() != [problem.id for problem in batch]:
+    table = state.plan if args.e_step_every > 1 else None
+    if not is_planned(table, step, batch):
         # The pilot: N' samples of each prompt, graded, with the norms of their gradients.
         prompts, steps = problems_ahead(problems, step, args)
         pilot = source.sample_and_grade(prompts, [pilot_size] * len(prompts), step, with_norms=True)
@@ -71,6 +71,7 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
 @dataclass(frozen=True)
 class Rule:
     """An allocation rule, --allocator, and what has to be known of it."""
+
     weights: Callable  # of (p, G+, G-, args) to w; all but args are (prompts,)
     objective: str | None = None  # the one whose variance is sum_i w_i^2 / n_i, if any
     needs_pilot: bool = True
@@ -88,21 +89,7 @@ RULES = {
 PUBLISHED = "gvm"  # for RAFT and for GRPO
 
 
-# --- the prompts of a step ---------------------------------------------------------------------
-def prompts_looked_at(args) -> int:
-    """How many prompts a step takes from the data; predictions leave some without samples."""
-    return args.candidates_per_step or args.prompts_per_step
-
-
-def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
-    """The problems of step 1, 2, ...: a function of --seed and the step alone. Each epoch goes once
-    through a new order of all problems; those too few for a step are left."""
-    m = prompts_looked_at(args)
-    epoch, position = divmod(step - 1, len(problems) // m)
-    order = np.random.default_rng((args.seed, ORDER, epoch)).permutation(len(problems))
-    return [problems[i] for i in order[position * m : (position + 1) * m]]
-
-
+# --- a pilot for several steps -----------------------------------------------------------------
 def problems_ahead(problems: list[Problem], step: int, args) -> tuple[list[Problem], np.ndarray]:
     """The problems of --e-step-every steps from this one, and the step of each. They end with the
     epoch, so that no problem comes twice."""
@@ -112,17 +99,26 @@ def problems_ahead(problems: list[Problem], step: int, args) -> tuple[list[Probl
     return found, np.repeat(ahead, len(found) // len(ahead))
 
 
-def rows_of_step(table: dict | None, step: int) -> dict[str, np.ndarray]:
-    """The rows of an E-step's table for the prompts of one step; none if there is no table yet."""
-    table = table or {"id": [], "step": []}
+def rows_of_step(table: dict, step: int) -> dict[str, np.ndarray]:
+    """The rows of an E-step's table that are for the prompts of one step, in their order."""
     is_mine = np.array(table["step"]) == step
     return {name: np.array(column)[is_mine] for name, column in table.items()}
+
+
+def is_planned(table: dict | None, step: int, batch: list[Problem]) -> bool:
+    """Whether a table is for these prompts in this step.
+
+    Not so if there is none yet, if its steps are over, or if a run was resumed with other problems.
+    """
+    ids = [problem.id for problem in batch]
+    return table is not None and rows_of_step(table, step)["id"].tolist() == ids
 
 
 # --- samples, and what they say ----------------------------------------------------------------
 @dataclass
 class SampleSource:
     """Draws graded samples from the policy as it is. All ranks call it, and get the same."""
+
     policy: Policy
     sampler: HfSampler | VllmSampler
     grader: Grader

@@ -26,10 +26,10 @@ from batches import micro_batches_here, per_token
 from checkpoint import RunState, add_folder_flags, claim_folder, load_optimizer, newest_checkpoint
 from checkpoint import note_problems, run_folder, save_checkpoint, start_log, watch_divergence
 from checkpoint import write_log
-from data import BENCHMARKS, Problem, Sample, add_data_flags, load_prompts
+from data import BENCHMARKS, Problem, Sample, add_data_flags, load_prompts, prompts_looked_at
 from eval import add_evaluation_flags, evaluate
 from grader import Grader
-from gvm import SampleSource, add_budget_flags, e_step, prompts_looked_at, settle_budget
+from gvm import SampleSource, add_budget_flags, e_step, settle_budget
 from losses import LOSSES, OBJECTIVES, add_loss_flags, kl_k3, loss_weights
 from model import Policy, add_model_flags, load_model, load_reference
 from sampler import add_sampler_flags, make_sampler

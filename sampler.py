@@ -20,9 +20,6 @@ from batches import gather_tensor
 from data import Problem, Sample
 from run import InputError, number, positive_int, share_out
 
-TRAINING, EVALUATION, ORDER = 0, 1, 2  # what random numbers are for: a part of their seed
-
-
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     """Who samples, and how much at once."""
     add = parser.add_argument_group("sampling").add_argument

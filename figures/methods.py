@@ -9,6 +9,7 @@ import numpy as np
 
 import gvm
 from allocator import allocate, allocate_or_leave
+from data import problems_of_step
 from metrics import describe_step
 from predictor import LOG_P, LOG_Q
 
@@ -29,7 +30,7 @@ def shrunk_weights(table: dict, args) -> np.ndarray:
 
 def oracle(problems, step, state, source, args) -> tuple:
     """The ceiling of prediction: p and G of all candidates, from 2048 more samples, neither counted nor used."""
-    batch = gvm.problems_of_step(problems, step, args)
+    batch = problems_of_step(problems, step, args)
     many = np.full(len(batch), 2048 // len(batch))
     known = source.sample_and_grade(batch, many, step, first_index=1000, with_norms=True)
     weights = shrunk_weights(gvm.estimate(known, batch, args.weighting), args)
@@ -42,7 +43,7 @@ def oracle(problems, step, state, source, args) -> tuple:
 
 def rounds(problems, step, state, source, args) -> tuple:
     """No prediction: see draw_in_rounds."""
-    batch = gvm.problems_of_step(problems, step, args)
+    batch = problems_of_step(problems, step, args)
     samples = draw_in_rounds(batch, step, source, args)
     return batch, samples, describe_step(batch, samples, drawn=samples)
 

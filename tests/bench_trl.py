@@ -31,9 +31,8 @@ import grpo  # noqa: E402 (the project's modules lie one folder up)
 import raft  # noqa: E402
 import run  # noqa: E402
 import sampler  # noqa: E402
-from data import INSTRUCTION, PLAIN_TEMPLATE, SYSTEM_PROMPT, TOY  # noqa: E402
+from data import INSTRUCTION, PLAIN_TEMPLATE, SYSTEM_PROMPT, TOY, problems_of_step  # noqa: E402
 from grader import Grader  # noqa: E402
-from gvm import problems_of_step  # noqa: E402
 from model import Policy, load_model  # noqa: E402
 
 SAMPLES = 8  # of each prompt

@@ -41,9 +41,9 @@ import methods  # noqa: E402 (in figures/)
 from allocator import allocate, allocate_or_leave, reward_weights  # noqa: E402
 from batches import collate, fill_norms, prompt_states  # noqa: E402
 from checkpoint import RunState  # noqa: E402
-from data import Sample, load_prompts  # noqa: E402
+from data import Sample, load_prompts, problems_of_step  # noqa: E402
 from grader import Grader  # noqa: E402
-from gvm import SampleSource, e_step, estimate, predicted_step, problems_of_step  # noqa: E402
+from gvm import SampleSource, e_step, estimate, predicted_step  # noqa: E402
 from losses import OBJECTIVES, loss_weights  # noqa: E402
 from model import Policy, load_model  # noqa: E402
 from predictor import Predictor  # noqa: E402

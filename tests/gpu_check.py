@@ -40,9 +40,9 @@ import raft  # noqa: E402
 import run  # noqa: E402
 from answers import extract_boxed  # noqa: E402
 from batches import collate, distribute, fill_logprobs, gather_tensor  # noqa: E402
-from data import TOY, Sample, load_prompts  # noqa: E402
+from data import EVALUATION, TOY, Sample, load_prompts  # noqa: E402
 from model import Policy, load_model  # noqa: E402
-from sampler import EVALUATION, HfSampler, VllmSampler, draw  # noqa: E402
+from sampler import HfSampler, VllmSampler, draw  # noqa: E402
 
 LINE = "{:66} | {:18} | {:14} | {}"
 Row = namedtuple("Row", "check measured expected ok", defaults=("-", True))  # texts, and whether it is as expected

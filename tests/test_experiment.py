@@ -60,6 +60,8 @@ def test_the_readmes_have_the_tables_of_the_records():
     lines, short = experiment.table(records).splitlines(), experiment.short_table(records).splitlines()
     assert all(line in readme for line in lines) and all(line in front for line in short)
     assert len(short) == 10  # eight rows
+    missing, chosen = experiment.defaults(records)
+    assert not missing and all(line in readme for line in chosen.splitlines())
     front, readme = " ".join(front.split()), " ".join(readme.split())  # sentences run over lines
     cells = {tuple(line.strip("| ").split(" | ")[:3:2]): line.strip("| ").split(" | ") for line in lines if "| usual |" in line}
     published, wider = cells["raft", "published, 10 seeds"], cells["grpo", "wider pool, 10 seeds"]

@@ -13,8 +13,8 @@ import predictor
 from allocator import allocate, gvm_weights, reward_weights
 from batches import prompt_states
 from checkpoint import RunState
-from data import Problem
-from gvm import SampleSource, e_step, estimate, problems_of_step, rows_of_step, settle_budget
+from data import Problem, problems_of_step
+from gvm import SampleSource, e_step, estimate, rows_of_step, settle_budget
 from losses import OBJECTIVES
 from metrics import describe_pilot, describe_prediction
 from model import Policy

@@ -27,13 +27,14 @@ def block_with(mark: str) -> str:
     return block
 
 
-def test_a_rule_in_a_file_of_one_s_own(tmp_path):
+def test_a_rule_and_a_loss_in_a_file_of_one_s_own(tmp_path):
     """As it is shown, beside raft.py."""
     script = tmp_path / "mine.py"
     script.write_text(block_with('RULES["middle"]'))
-    run_script(script, *ONE_STEP, "--allocator", "middle", "--out", tmp_path / "run")
-    assert read_log(tmp_path / "run")[1]["samples"] == 32
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["flags"]["allocator"] == "middle"
+    run_script(script, *ONE_STEP, "--allocator", "middle", "--loss", "cispo", "--out", tmp_path / "run")
+    assert read_log(tmp_path / "run")[1]["samples"] == 32 and read_log(tmp_path / "run")[1]["updates"] == 2
+    flags = json.loads((tmp_path / "run" / "args.json").read_text())["flags"]
+    assert (flags["allocator"], flags["loss"]) == ("middle", "cispo")
 
 
 @pytest.mark.parametrize(("mark", "script", "show_help"), [
@@ -42,8 +43,11 @@ def test_a_rule_in_a_file_of_one_s_own(tmp_path):
 @pytest.mark.slow
 def test_its_lines_can_stand_below_the_dictionary(mark, script, show_help):
     """The module with the README's function and entry put there is imported, and its help names the new entry."""
-    block = [line for line in block_with(mark).splitlines() if not re.match("import |from |if __name__| +run.run_script", line)]
     table, name = re.fullmatch(r'(\w+)\["(\w+)"\]', mark).groups()
+    mine = block_with(mark)
+    function, = [node for node in ast.parse(mine).body if isinstance(node, ast.FunctionDef) and node.name == name]
+    entry, = [line for line in mine.splitlines() if line.startswith(mark)]
+    block = ["", "", *ast.get_source_segment(mine, function).splitlines(), "", "", entry]
     lines = (ROOT / script).read_text().splitlines()
     after, = [node.end_lineno for node in ast.parse("\n".join(lines)).body
               if isinstance(node, ast.Assign) and node.targets[0].id == table]
@@ -68,20 +72,20 @@ def test_a_rule_that_compares_prompts_works_with_a_pilot_and_is_refused_with_pre
         raft.main([*words, str(tmp_path / "other"), "--candidates-per-step", "16"])
 
 
-def run_block(mark: str, table: dict, name: str, monkeypatch) -> None:
-    """Run the README's lines that hold `mark`, as one who imports them; what they add is undone by the test."""
-    monkeypatch.setitem(table, name, None)
-    exec(compile(block_with(mark), "README.md", "exec"), {"__name__": "mine"})
+@pytest.fixture
+def mine(monkeypatch):
+    """The README's file imported; what it adds is undone by the test."""
+    monkeypatch.setitem(gvm.RULES, "middle", None)
+    monkeypatch.setitem(losses.LOSSES, "cispo", None)
+    exec(compile(block_with('RULES["middle"]'), "README.md", "exec"), {"__name__": "mine"})
 
 
-def test_an_allocation_rule_in_ten_lines(monkeypatch):
-    run_block('RULES["middle"]', gvm.RULES, "middle", monkeypatch)
+def test_an_allocation_rule_in_ten_lines(mine):
     weights = gvm.RULES["middle"].weights(np.array([0.0, 0.3, 0.9, 1.0]), None, None, None)
     assert weights.tolist() == [0, 1, 1, 0]
 
 
-def test_a_loss_in_ten_lines(device, tmp_path, monkeypatch):
-    run_block('LOSSES["cispo"]', losses.LOSSES, "cispo", monkeypatch)
+def test_a_loss_in_ten_lines(mine, device, tmp_path):
     raft.main([*ONE_STEP, "--loss", "cispo", "--out", str(tmp_path / "run")])
     assert read_log(tmp_path / "run")[1]["updates"] == 2
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import flags, make_sample, run_script
 
-from data import Problem, encode_prompt, load_prompts
-from gvm import problems_of_step
+from data import Problem, encode_prompt, load_prompts, problems_of_step
 from metrics import describe_step
 from model import load_model
 from run import InputError

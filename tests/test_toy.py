@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import TOY, flags
 
-from data import load_prompts
+from data import EVALUATION, load_prompts
 from model import load_model
-from sampler import EVALUATION, HfSampler, draw
+from sampler import HfSampler, draw
 
 # Problems, and the shares that none and all of 16 samples solve: means of (1 - p)^16 and p^16, with p by 64 others.
 MIXES = {"train": (1000, 0.25, 0.36), "spared": (2000, 0.19, 0.09), "hard": (1000, 0.57, 0.12)}
