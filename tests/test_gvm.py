@@ -228,6 +228,19 @@ def test_a_plan_of_other_problems_is_made_anew(tools, problems):
         assert max(other["step"]) == 4 and {p.id for p in batch} <= set(other["id"]) and samples
 
 
+def test_a_run_that_goes_on_with_a_pilot_for_each_step_drops_its_plan(tools, problems):
+    """Two of the plan's three steps are left. A pilot that is trained on is drawn, as if there had been no plan."""
+    words = ["--pilot-samples", 2, "--prompts-per-step", 8]
+    (_, _, plan), = run_steps(tools, problems, [*words, "--e-step-every", 3], 1)
+    found = []
+    for kept in (plan, None):
+        args, state = settled(*words), RunState(step=1, plan=kept)
+        _, samples, metrics = e_step(problems, 2, state, source_of(tools, args), args)
+        found.append(([(s.problem, s.index, list(s.response_ids)) for s in samples], metrics))
+        assert state.plan is None and metrics["samples"] == len(samples) == 8 * 4
+    assert found[0] == found[1]
+
+
 def test_a_plan_ends_with_its_epoch_so_that_no_problem_is_there_twice(tools, problems):
     """Eight problems, four a step: an epoch has two steps. Each plan spends exactly its budget."""
     words = ["--pilot-samples", 2, "--prompts-per-step", 4, "--samples-per-prompt", 4, "--e-step-every", 3]
