@@ -105,8 +105,13 @@ def summarise_samples(prompts, is_right, norms, num_prompts: int) -> dict[str, n
     prompts: the row of each sample's prompt, integers; is_right: booleans; norms: the gradient norm
     of each sample; (samples,) each. accept_rate is p = num_right / num_drawn, 0 without samples.
     norm_right and norm_wrong, G over right and over wrong samples, are root mean squares, as in the
-    derivation (Algorithm 2 writes the mean); 0 without any.
+    derivation (Algorithm 2 writes the mean); 0 without any. Raises ValueError naming the argument.
     """
+    prompts, is_right, norms = np.asarray(prompts), np.asarray(is_right), np.asarray(norms)
+    if is_right.dtype != bool:
+        raise ValueError(f"is_right must be booleans, not {is_right.dtype}; say rewards > 0")
+    if prompts.size and not 0 <= prompts.min() <= prompts.max() < num_prompts:
+        raise ValueError(f"prompts must be rows from 0 to {num_prompts - 1}, not ids")
 
     def total(values: np.ndarray) -> np.ndarray:  # (samples,) to (num_prompts,)
         return np.bincount(prompts, values, minlength=num_prompts)

@@ -40,7 +40,8 @@ WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
 def add_folder_flags(parser: argparse.ArgumentParser) -> None:
     """Where a run is kept."""
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder of the run, seen by all nodes; None: runs/OBJECTIVE-ALLOCATOR-SEED")
+    add("--out", help="folder of the run, seen by all nodes; None: runs/OBJECTIVE-ALLOCATOR-SEED, "
+        "or -predicted-SEED")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any")
     add("--save-every", type=positive_int, default=10, help="steps; the last is always saved")
     add("--keep", type=positive_int, default=2, help="checkpoints kept")

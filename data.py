@@ -78,8 +78,8 @@ class Sample:
     ref_logprobs: np.ndarray | None = None  # by the reference of the KL penalty
 
     head_grad_norm: float = 0.0  # of the gradient of -ln pi with respect to the output head
-    advantage: float = 0.0  # A in the losses of raft.py
-    loss_weight: float = 0.0  # w_j in the losses of raft.py
+    advantage: float = 0.0  # A_j of losses.py
+    loss_weight: float = 0.0  # w_j of losses.py
 
     @property
     def total_tokens(self) -> int:

@@ -40,30 +40,31 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
     table = state.plan if args.e_step_every > 1 else None
     if not is_planned(table, step, batch):
         # The pilot: N' samples of each prompt, graded, with the norms of their gradients.
-        prompts, steps = problems_ahead(problems, step, args)
-        pilot = source.sample_and_grade(prompts, [pilot_size] * len(prompts), step, with_norms=True)
+        ahead, steps = problems_ahead(problems, step, args)
+        pilot = source.sample_and_grade(ahead, [pilot_size] * len(ahead), step, with_norms=True)
 
         # p_i, the share of right samples; G_i, the root mean square of their norms.
-        table = estimate(pilot, prompts, args.weighting) | {"step": steps}
+        table = estimate(pilot, ahead, args.weighting) | {"step": steps}
         p, G, G_wrong = (table[name] for name in ("accept_rate", "norm_right", "norm_wrong"))
 
         # Proposition 1: w_i = G_i / sqrt(p_i + alpha / p_i^(beta - 1)), or another rule's w_i.
         table["weights"] = rule.weights(p, G, G_wrong, args)
 
         # n_i = N w_i / sum_j w_j, in whole numbers that add up to N; none is below the pilot.
-        budget = args.samples_per_prompt * len(prompts)  # N
-        table["counts"] = allocate(table["weights"], budget, min_samples=reused)
+        budget = args.samples_per_prompt * len(ahead)  # N
+        counts = allocate(table["weights"], budget, min_samples=reused)
+        table["counts"] = gather([counts])[0]  # of rank 0: another machine may round differently
 
     # Draw the rest, by the policy as it is now. The pilot had the first indices.
-    mine = rows_of_step(table, step)
-    rest = source.sample_and_grade(batch, mine["counts"] - reused, step, first_index=pilot_size)
+    counts = rows_of_step(table, step)["counts"]
+    rest = source.sample_and_grade(batch, counts - reused, step, first_index=pilot_size)
     samples = pilot + rest if reused else rest
     state.plan = table if args.e_step_every > 1 else None  # not before: a step may be given up
 
     metrics = describe_step(batch, samples, drawn=pilot + rest)
     if rule.needs_pilot:
         even = args.samples_per_prompt + pilot_size - reused  # uniform counts at the same cost
-        metrics |= describe_pilot(mine, even, is_variance=rule.objective is not None)
+        metrics |= describe_pilot(table, even, is_variance=rule.objective is not None)
     return batch, samples, metrics
 
 
@@ -165,19 +166,20 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("budget").add_argument
     add("--prompts-per-step", type=positive_int, default=16, help="the paper: 1024")
     add("--samples-per-prompt", type=positive_int, default=4,
-        help="on average over the prompts of a step, with a pilot that is reused; the paper: 8, 32")
+        help="mean over the prompts of a step, with a pilot that is reused; the paper: 8 or 32")
     add("--allocator", choices=RULES,
         help="uniform: equal counts; gvm: the paper's; reward: for the expected reward. None: gvm, "
         "or with --candidates-per-step the one that fits the objective")
     add("--pilot-samples", type=positive_int,
-        help="N', of each prompt; None: 2, where a pilot is taken; the paper: 8, 32")
+        help="N', of each prompt; None: 2, where a pilot is taken; the paper: 8 or 32")
     add("--e-step-every", type=positive_int, default=1,
         help="steps that a pilot serves; above 1 it only informs; the paper: 9")
     add("--candidates-per-step", type=positive_int, metavar="M",
         help="not in the paper: instead of a pilot, p and G of M prompts are predicted, from "
-        "--prompts-per-step upwards, and the best get the samples")
-    add("--alpha", type=non_negative, default=1e-3, help="Eq. 7 damps small p; as published")
-    add("--beta", type=number(float, low=2), default=2.0, help="the power of p in Eq. 7; likewise")
+        "--prompts-per-step upwards, and the best share --prompts-per-step times "
+        "--samples-per-prompt samples")
+    add("--alpha", type=non_negative, default=1e-3, help="Eq. 7: damps small p; the paper: 1e-3")
+    add("--beta", type=number(float, low=2), default=2.0, help="Eq. 7: power of p; the paper: 2")
 
 
 def settle_budget(args: argparse.Namespace, objective: str | None = None) -> None:
@@ -192,12 +194,14 @@ def settle_budget(args: argparse.Namespace, objective: str | None = None) -> Non
         raise InputError(f"--candidates-per-step: --allocator {args.allocator} does not weigh each "
                          "prompt by its own p and G; leave one of the two out")
     if not takes_pilot and (args.pilot_samples or args.e_step_every > 1):
-        raise InputError("--pilot-samples, --e-step-every: no pilot is taken with --allocator "
-                         "uniform or --candidates-per-step; leave them out")
+        without = "--candidates-per-step" if predicts else f"--allocator {args.allocator}"
+        raise InputError(f"--pilot-samples, --e-step-every: no pilot is taken with {without}; "
+                         "leave them out")
     if args.pilot_samples is None:
         args.pilot_samples = 2 if takes_pilot else 0
     if args.e_step_every == 1 and args.samples_per_prompt < args.pilot_samples:
-        raise InputError("--samples-per-prompt is below --pilot-samples, a part of it; raise it")
+        raise InputError("--samples-per-prompt is below --pilot-samples (by default 2), a part of "
+                         "it; raise it")
     if fitting and rule.objective not in (None, objective) and args.allocator != PUBLISHED:
         print0(f"warning: --allocator {args.allocator} fits another gradient estimator; here "
                f"{fitting[0]} does")

@@ -24,7 +24,7 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("loss").add_argument
     add("--objective", choices=OBJECTIVES, default="raft", help="an entry of losses.OBJECTIVES")
     add("--weighting", choices=["prompt", "token", "sequence"], default="prompt",
-        help="what a sample weighs: see losses.loss_weights")
+        help="how prompts and samples are averaged: see losses.loss_weights")
     add("--loss", choices=LOSSES, default="raft++", help="raft: -A ln pi; raft++: Eq. 8, clipped")
     add("--clip-low", type=non_negative, default=0.2, help="raft++: ratio >= 1 - this, if A < 0")
     add("--clip-high", type=non_negative, default=0.28, help="raft++: ratio <= 1 + this, if A > 0")
@@ -52,14 +52,15 @@ OBJECTIVES = {"raft": Objective(raft_objective, smallest_group=1)}  # grpo.py ad
 
 # --- weights ---------------------------------------------------------------------------------
 def loss_weights(samples: list[Sample], used: np.ndarray, num_prompts: int, weighting: str):
-    """Weight w_j of each sample's token sum in the loss of one update, (samples,); 0 if not used.
+    """w_j, by which the loss of each token of sample j is multiplied, (samples,); 0 if not used.
 
     used: (samples,), what the estimator averages over: right samples in RAFT, all in GRPO.
-    m = num_prompts, solved or not; D_i: the used samples of prompt i; T_j: the tokens of sample j.
+    m = num_prompts, solved or not; D_i: the used samples of prompt i; T_j: its response tokens.
+    sum and mean below are over all samples of the update, right or wrong, used or not.
     prompt:   1 / (m |D_i| mean(T)), Algorithm 1: each solved prompt counts the same, however many
-              samples it got. mean(T), over the update, gives the loss the scale of the others.
-    token:    1 / sum(T), over the update, wrong samples included, as in the released code.
-    sequence: 1 / (T_j sum_i |D_i|), Eq. 8. Like `token`, it favours prompts with many samples.
+              samples it got. Dividing by mean(T) as well gives all three losses the same scale.
+    token:    1 / sum(T), as in the released code. Favours prompts with many samples.
+    sequence: 1 / (T_j sum_i |D_i|), Eq. 8. Favours them, too.
     """
     lengths = np.array([len(sample.response_ids) for sample in samples], dtype=float)  # T_j
     if weighting == "prompt":

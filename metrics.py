@@ -95,8 +95,9 @@ def describe_step(problems: list[Problem], samples: list[Sample], drawn: list[Sa
     """What was drawn in a step, and where it went.
 
     problems: those of the step. samples: what it trains on. drawn: all that it cost, with a pilot
-    that only informs. "never", "sometimes", "always": prompts by how many of their samples are
-    right; their share of the prompts, and of the samples.
+    that only informs. accept_rate: the share of right ones among `samples`, of which hard prompts
+    may have more than their share. "never", "sometimes", "always": prompts that got samples, by how
+    many of these are right; their share of those prompts, and of the samples.
     """
     metrics = {
         "samples": len(drawn),
@@ -108,13 +109,14 @@ def describe_step(problems: list[Problem], samples: list[Sample], drawn: list[Sa
     rewards = {problem.id: [] for problem in problems}
     for sample in samples:
         rewards[sample.problem].append(sample.reward)
+    served = [r for r in rewards.values() if r]
     groups = {
-        "never": [r for r in rewards.values() if not any(r)],
-        "sometimes": [r for r in rewards.values() if any(r) and not all(r)],
-        "always": [r for r in rewards.values() if any(r) and all(r)],
+        "never": [r for r in served if not any(r)],
+        "sometimes": [r for r in served if any(r) and not all(r)],
+        "always": [r for r in served if all(r)],
     }
     for name, group in groups.items():
-        metrics[f"prompts_{name}"] = len(group) / max(len(problems), 1)
+        metrics[f"prompts_{name}"] = len(group) / max(len(served), 1)
         metrics[f"budget_{name}"] = sum(map(len, group)) / max(len(samples), 1)
     return metrics
 
@@ -122,15 +124,17 @@ def describe_step(problems: list[Problem], samples: list[Sample], drawn: list[Sa
 def describe_pilot(table: dict, even: int, is_variance: bool) -> dict:
     """What a pilot promises. table: "weights", "counts", "num_right", (prompts,) each.
 
-    predicted_variance: sum_i w_i^2 / n_i over what `even` samples of each prompt give. Optimistic:
-    it believes the very samples that may have misled the weights. None if it is infinite, or not
-    the variance of anything (is_variance).
+    predicted_variance: sum_i w_i^2 / n_i, over the same with `even` samples of each prompt. It is
+    optimistic: it believes the very samples that may have misled the weights, and where they say
+    that a prompt has no gradient, what is taken from it is a gain. None if it is infinite, or if
+    the rule's w_i^2 / n_i is nobody's variance (is_variance).
     """
-    moments, counts, ratio = table["weights"] ** 2, table["counts"], None  # c_i, n_i
+    moments, counts = np.square(table["weights"]), np.array(table["counts"])  # c_i, n_i
+    unsolved, ratio = np.equal(table["num_right"], 0), None
     some = moments > 0
     if is_variance and some.any() and counts[some].all():
         ratio = float((moments[some] / counts[some]).sum() / (moments.sum() / even))
-    return {"predicted_variance": ratio, "pilot_unsolved": float(np.mean(table["num_right"] == 0))}
+    return {"predicted_variance": ratio, "pilot_unsolved": float(np.mean(unsolved))}
 
 
 def describe_prediction(p: np.ndarray, num_right: np.ndarray, num_drawn: np.ndarray) -> dict:

@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                      add_loss_flags, add_memory_flags, add_evaluation_flags, add_folder_flags):
         add_part(parser)
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=run.positive_int, default=60, help="draw once, update a few times")
+    add("--steps", type=run.positive_int, default=60, help="number of draws; a few updates each")
     add("--updates-per-step", type=run.positive_int, default=1, help="the paper: 4")
     add("--lr", type=run.non_negative, default=3e-4, help="of AdamW, constant; the paper: 1e-6")
     add("--weight-decay", type=run.non_negative, default=0.01, help="of AdamW")
@@ -137,7 +137,7 @@ def load(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
 def prepare_updates(policy, reference, problems, samples, args) -> list[list[Sample]]:
     """split_updates, and the log-probs that they need: of the policy before all of them."""
     updates, max_tokens = split_updates(problems, samples, args), args.tokens_per_micro_batch
-    # The first update is on-policy and has these log-probs itself; a pilot was scored with norms.
+    # The first update is on-policy and computes them itself; a pilot's came with its norms.
     later = [sample for sample in sum(updates[1:], []) if sample.old_logprobs is None]
     fill_logprobs(policy, later, max_tokens, into="old_logprobs")
     if reference is not None:
@@ -188,12 +188,12 @@ def optimizer_step(learner, optimizer, samples: list[Sample], args, on_policy: b
     optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets: keep them
     batches = list(micro_batches_here(samples, args.tokens_per_micro_batch))
     for i, (indices, batch) in enumerate(batches, start=1):
-        # DDP's ranks talk once an update; FSDP2's in every pass, to keep a part of the gradient.
+        # DDP's ranks talk once an update. (FSDP2 ignores this: its ranks talk in every pass.)
         learner.require_backward_grad_sync = i == len(batches)
         sums = micro_batch_loss(learner, batch, args, on_policy)
-        counts = 1 if indices else 0  # an empty micro-batch is a pass for the others' sake
-        (counts * ranks * sums[0]).backward()  # which takes the mean over ranks; we want the sum
-        totals += counts * sums.detach().cpu()
+        is_real = float(bool(indices))  # else it is a pass for the other ranks' sake
+        (is_real * ranks * sums[0]).backward()  # which takes the mean over ranks; we want the sum
+        totals += is_real * sums.detach().cpu()
     dist.all_reduce(totals)
     norm = gather_tensor(torch.nn.utils.clip_grad_norm_(learner.parameters(), args.grad_clip))
     if not torch.isfinite(norm):

@@ -139,7 +139,10 @@ def share_out(items: list, function) -> list:
 
 
 def on_every_rank(function, *arguments):
-    """The result of a function that waits for no other rank. If it fails on one rank, all end."""
+    """The result of a function that waits for no other rank.
+
+    If it raises InputError, RunError or OSError on one rank, all ranks end.
+    """
     result, error = None, None
     try:
         result = function(*arguments)

@@ -20,6 +20,7 @@ from batches import gather_tensor
 from data import Problem, Sample
 from run import InputError, number, positive_int, share_out
 
+
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     """Who samples, and how much at once."""
     add = parser.add_argument_group("sampling").add_argument

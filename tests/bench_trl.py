@@ -31,7 +31,7 @@ import grpo  # noqa: E402 (the project's modules lie one folder up)
 import raft  # noqa: E402
 import run  # noqa: E402
 import sampler  # noqa: E402
-from data import INSTRUCTION, PLAIN_TEMPLATE, SYSTEM_PROMPT, TOY, problems_of_step  # noqa: E402
+from data import INSTRUCTION, PLAIN_TEMPLATE, SYSTEM_PROMPT, TOY, load_prompts, problems_of_step  # noqa: E402
 from grader import Grader  # noqa: E402
 from model import Policy, load_model  # noqa: E402
 
@@ -149,7 +149,7 @@ def run_trl(args, out: Path) -> dict:
 
     flags = run.parse_flags(words(args, out), grpo.__doc__, grpo.add_flags)
     model, tokenizer = load_model(flags, run.join_ranks())
-    problems = sampler.load_prompts(args.data, flags.split, tokenizer, flags)
+    problems = load_prompts(args.data, flags.split, tokenizer, flags)
     dist.destroy_process_group()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # or trl would wrap its model for several processes
         os.environ.pop(name)

@@ -114,6 +114,7 @@ def step_cost(config, args) -> dict[str, tuple[float, float, float]]:
 def main(argv=None) -> None:
     """Print the table."""
     args = run.parse_flags(argv, __doc__, raft.add_flags, add_flags)
+    run.join_ranks()
     settle_budget(args, args.objective)
     config = SHAPES[args.model] if args.model in SHAPES else AutoConfig.from_pretrained(args.model)
     speeds = [args.tflops and args.tflops * TERA, args.memory_gb and args.memory_gb * GIGA,

@@ -63,9 +63,9 @@ def test_predicted_variance_by_hand():
 def test_uniform_could_spend_a_pilot_that_only_informs_too(tools, problems):
     """predicted_variance compares with uniform counts at the same cost: 1 and the pilot's 1."""
     words = ["--samples-per-prompt", 1, "--pilot-samples", 1, "--e-step-every", 2]
-    (_, metrics, plan), = run_steps(tools, problems, words, 1)
-    mine = rows_of_step(plan, 1)
-    assert metrics["predicted_variance"] == describe_pilot(mine, 2, True)["predicted_variance"]
+    for _, metrics, plan in run_steps(tools, problems, words, 2):  # the same for both steps: it is the plan's
+        table = {name: np.array(column) for name, column in plan.items()}
+        assert metrics["predicted_variance"] == describe_pilot(table, 2, True)["predicted_variance"]
 
 
 def rms(values) -> float:
@@ -113,6 +113,13 @@ def run_steps(tools, problems, words, steps):
     return results
 
 
+def pilot_by_hand(samples, batch) -> tuple[np.ndarray, np.ndarray]:
+    """p and G of each prompt, by its first two samples."""
+    pilot = [[s for s in samples if s.problem == problem.id and s.index < 2] for problem in batch]
+    p = np.array([np.mean([s.reward for s in group]) for group in pilot])
+    return p, np.array([rms([s.head_grad_norm for s in group if s.reward]) for group in pilot])
+
+
 def test_a_step_spends_what_it_says(tools, problems):
     (samples, metrics, _), = run_steps(tools, problems, ["--allocator", "uniform", "--samples-per-prompt", 8], 1)
     assert np.bincount([s.problem for s in samples]).max() == 8 and metrics["samples"] == len(samples) == 64
@@ -124,7 +131,10 @@ def test_a_step_spends_what_it_says(tools, problems):
     batch = problems_of_step(problems, 1, flags("--prompts-per-step", 8))
     counts = [sum(s.problem == p.id for s in samples) for p in batch]
     assert min(counts) >= 2 and max(counts) > 8  # the pilot, and where they help
-    assert metrics["predicted_variance"] > 0 and 0 <= metrics["pilot_unsolved"] < 1
+    p, G = pilot_by_hand(samples, batch)
+    table = {"weights": gvm_weights(p, G), "counts": np.array(counts), "num_right": p}
+    assert {name: metrics[name] for name in ("predicted_variance", "pilot_unsolved")} == pytest.approx(
+        describe_pilot(table, 8, True))  # 8 of each cost the same
 
 
 def test_by_default_it_is_algorithm_2(tools, problems):
@@ -132,9 +142,7 @@ def test_by_default_it_is_algorithm_2(tools, problems):
     args = settled()
     batch, samples, _ = e_step(problems, 1, RunState(), source_of(tools, args), args)
     assert (len(batch), args.pilot_samples, args.alpha, args.beta) == (16, 2, 1e-3, 2.0)
-    pilot = {problem.id: [s for s in samples if s.problem == problem.id and s.index < 2] for problem in batch}
-    p = np.array([np.mean([s.reward for s in group]) for group in pilot.values()])
-    G = np.array([rms([s.head_grad_norm for s in group if s.reward]) for group in pilot.values()])
+    p, G = pilot_by_hand(samples, batch)
     weights = np.where(p > 0, G / np.sqrt(np.maximum(p, 0.5) + 1e-3 / np.maximum(p, 0.5)), 0.0)  # p is 0, 1/2 or 1
     counts = [sum(s.problem == problem.id for s in samples) for problem in batch]
     assert counts == allocate(weights, 64, 2).tolist() and sum(counts) == 64 and max(counts) > 4

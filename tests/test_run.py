@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags
+from conftest import flags, settled
 from safetensors import safe_open
 
-from checkpoint import RunState, claim_folder, digest, load_optimizer, newest_checkpoint, save_checkpoint, start_log
+from checkpoint import (
+    RunState, claim_folder, digest, load_optimizer, newest_checkpoint, run_folder, save_checkpoint, start_log)
 from run import InputError, run_script as run_main, write_json
 
 
@@ -81,6 +82,14 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(device, tmp_path, ca
     path, state = newest_checkpoint(tmp_path)
     assert path.name == "step-000002" and state == RunState(step=2)
     assert capsys.readouterr().out.count("step-000004 is damaged") == 1
+
+
+@pytest.mark.parametrize(("words", "name"), [
+    ([], "runs/raft-gvm-0"), (["--allocator", "uniform", "--seed", "3"], "runs/raft-uniform-3"),
+    (["--candidates-per-step", "64"], "runs/raft-gvm-predicted-0"), (["--out", "here"], "here"),
+])
+def test_a_run_s_folder_is_named_by_what_is_run(device, words, name):
+    assert run_folder(settled(*words)) == Path(name)
 
 
 def test_a_new_folder_has_no_checkpoint(device, tmp_path):
