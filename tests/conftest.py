@@ -223,9 +223,9 @@ def toy() -> str:
     return str(TOY)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def device():
-    """The device of a process group of one."""
+    """The device of a process group of one, which any test may find, whichever of them are run."""
     yield run.join_ranks()
     dist.destroy_process_group()
 

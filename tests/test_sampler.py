@@ -173,9 +173,9 @@ def test_describe_by_hand():
         assert metrics["samples"] == 7 and metrics["tokens"] == 19 and metrics["accept_rate"] == 0.5
         names = ("never", "sometimes", "always")
         assert [metrics[f"budget_{name}"] for name in names] == pytest.approx([1 / 6, 3 / 6, 2 / 6])
-        assert [metrics[f"prompts_{name}"] for name in names] == pytest.approx([2 / 4, 1 / 4, 1 / 4])
+        assert [metrics[f"prompts_{name}"] for name in names] == pytest.approx([1 / 3, 1 / 3, 1 / 3])
 
 
 def test_a_step_of_a_plan_may_get_no_samples():
     metrics = describe_step([Problem(0, "", ""), Problem(1, "", "")], [], [])
-    assert (metrics["samples"], metrics["accept_rate"], metrics["prompts_never"]) == (0, None, 1.0)
+    assert (metrics["samples"], metrics["accept_rate"], metrics["prompts_never"]) == (0, None, 0.0)
