@@ -16,7 +16,10 @@ proportional to sqrt(c_i): hard prompts get more, because few of their samples c
 are never solved would get everything, so Eq. 7 divides c_i by 1 + alpha / p_i^beta. The solution is
 Proposition 1:
 
-    n_i = N w_i / sum_j w_j,        w_i = sqrt(c_i) = G_i / sqrt(p_i + alpha / p_i^(beta - 1)).
+    n_i = N w_i / sum_j w_j,        w_i = sqrt(c_i / (1 + alpha / p_i^beta))
+                                        = G_i / sqrt(p_i + alpha / p_i^(beta - 1)).
+
+(Training does not know p_i: where the estimator has n_i p_i, it has the number of right samples.)
 """
 
 import heapq
@@ -47,9 +50,9 @@ def allocate(weights, budget: int, min_samples=0) -> np.ndarray:
     """The integers n_i that minimise sum_i w_i^2 / n_i, with sum_i n_i = budget exactly.
 
     weights: w_i >= 0, (prompts,). min_samples: the smallest n_i, an integer for all or (prompts,).
-    Returns int64 counts, (prompts,), the same on every machine. A prompt of weight 0 gets its
-    minimum; if all weights are 0, the budget is spread evenly. Raises ValueError naming the
-    argument for bad weights or a budget below the minimum, TypeError for one that is not whole.
+    Returns int64 counts, (prompts,). A prompt of weight 0 gets its minimum; if all weights are 0,
+    the budget is spread evenly. Raises ValueError naming the argument for bad weights or a budget
+    below the minimum, TypeError for one that is not whole.
     """
     budget = operator.index(budget)
     [weights] = _check_vectors(weights=weights)
@@ -62,14 +65,15 @@ def allocate(weights, budget: int, min_samples=0) -> np.ndarray:
     if not weights.any():
         weights = np.ones_like(weights)
 
-    # Start just below Proposition 1. With the minima and one more sample a prompt taken from the
-    # budget, the formula never exceeds the best n_i.
+    # The loop below alone would do. To save it most of its steps, start just below Proposition 1:
+    # with the minima and one more sample a prompt taken from the budget, the formula never exceeds
+    # the best n_i.
     shares = weights / weights.max(initial=1.0)  # or their sum may overflow
     shares = shares / shares.sum()
     start = np.floor(shares * (budget - lower.sum() - len(weights))).astype(np.int64)
     counts, weights = np.maximum(lower, start).tolist(), weights.tolist()
 
-    # Then give the most useful sample, again and again. One more sample of prompt i lowers w^2 / n
+    # Give the most useful sample, again and again. One more sample of prompt i lowers w^2 / n
     # by w^2 / (n (n + 1)), and each further one by less, so that to take the largest gain first is
     # optimal (the method of equal proportions of Huntington and Hill).
     def priority(i: int) -> tuple[bool, float, int]:
@@ -117,12 +121,13 @@ def summarise_samples(prompts, is_right, norms, num_prompts: int) -> dict[str, n
         return np.bincount(prompts, values, minlength=num_prompts)
 
     num_drawn, num_right = total(np.ones(len(prompts))), total(is_right)
+    square_right, square_wrong = np.where(is_right, norms**2, 0), np.where(is_right, 0, norms**2)
     return {
         "num_right": num_right.astype(int),
         "num_drawn": num_drawn.astype(int),
         "accept_rate": num_right / np.maximum(num_drawn, 1),
-        "norm_right": np.sqrt(total(norms**2 * is_right) / np.maximum(num_right, 1)),
-        "norm_wrong": np.sqrt(total(norms**2 * ~is_right) / np.maximum(num_drawn - num_right, 1)),
+        "norm_right": np.sqrt(total(square_right) / np.maximum(num_right, 1)),
+        "norm_wrong": np.sqrt(total(square_wrong) / np.maximum(num_drawn - num_right, 1)),
     }
 
 

@@ -1,7 +1,7 @@
 """The E-step: how many samples each prompt gets, and drawing them. Algorithm 2 of the paper.
 
-`e_step` is the published algorithm, whole; its parts stand below it. Last comes what is added to
-the paper: p and G that are predicted (`--candidates-per-step`), where it takes a pilot.
+`e_step` is the published algorithm; its parts stand below it. Last comes what is added to the
+paper: p and G that are predicted (`--candidates-per-step`), where it takes a pilot.
 """
 
 import argparse
@@ -28,18 +28,18 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
 
     problems: all of them. Returns (those of the step, the samples to train on, metrics).
 
-    The pilot is a part of the step's samples. With --e-step-every K it serves K steps: it is drawn
-    once, of the prompts of all K, and only informs; its table is kept for them in state.plan.
+    The pilot is a part of the step's samples, and is trained on. With --e-step-every K it is drawn
+    once, of the prompts of K steps, and only informs; state.plan keeps its table for them.
     """
     if args.candidates_per_step is not None:  # added to the paper: see below
         return predicted_step(problems, step, state, source, args)
 
     rule, pilot_size = RULES[args.allocator], args.pilot_samples
-    reused = pilot_size if args.e_step_every == 1 else 0  # of each prompt's n_i
-    batch, pilot = problems_of_step(problems, step, args), []
-    table = state.plan if args.e_step_every > 1 else None
+    reused = pilot_size if args.e_step_every == 1 else 0  # drawn already of each n_i
+    batch = problems_of_step(problems, step, args)
+    pilot, table = [], state.plan if args.e_step_every > 1 else None
     if not is_planned(table, step, batch):
-        # The pilot: N' samples of each prompt, graded, with the norms of their gradients.
+        # The pilot: N' samples of each prompt (0 for uniform), graded, with gradient norms.
         ahead, steps = problems_ahead(problems, step, args)
         pilot = source.sample_and_grade(ahead, [pilot_size] * len(ahead), step, with_norms=True)
 
@@ -53,7 +53,7 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
         # n_i = N w_i / sum_j w_j, in whole numbers that add up to N; none is below the pilot.
         budget = args.samples_per_prompt * len(ahead)  # N
         counts = allocate(table["weights"], budget, min_samples=reused)
-        table["counts"] = gather([counts])[0]  # of rank 0: another machine may round differently
+        table["counts"] = gather([counts])[0]  # of rank 0: others may round otherwise
 
     # Draw the rest, by the policy as it is now. The pilot had the first indices.
     counts = rows_of_step(table, step)["counts"]
