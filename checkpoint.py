@@ -29,6 +29,8 @@ from run import InputError, RunError, append_rows, gather, on_rank0, positive_in
 from run import read_json, write_json
 
 FORMAT = 2  # of a run's folder. A change of RunState, or of what a flag means, needs another one
+LEFT_BY_A_RUN = ("args.json", "log.jsonl", "checkpoints")
+NAMES = "step-" + 6 * "[0-9]"  # of checkpoints; other files beside them are somebody else's
 # What the log counts from the start of the run; all other metrics are of one step.
 TOTALS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures")
 PHASES = ("sample", "sync", "grade", "score", "train", "eval", "save")  # what its seconds are for
@@ -99,11 +101,12 @@ def note_problems(state: RunState, data: dict[str, list[Problem]]) -> None:
 
 
 # --- the folder and its log ------------------------------------------------------------------
-def claim_folder(out: Path, record: str, resume: bool):
-    """Make `out`, locked for a `with` block; InputError if a run is there, or left its `record`."""
+def claim_folder(out: Path, left_by_a_run: tuple[str, ...], resume: bool):
+    """Make `out`, locked for a `with` block; InputError if a run is there, or, without `resume`,
+    left files of these names."""
 
     def lock_folder():
-        if (out / record).exists() and not resume:
+        if not resume and any((out / name).exists() for name in left_by_a_run):
             raise InputError(f"--out {out}: holds a run already; --resume continues it, "
                              "another --out starts afresh")
         out.mkdir(parents=True, exist_ok=True)
@@ -191,7 +194,7 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, RunState]:
     none is whole, or if another version of this project has made the run."""
 
     def find():
-        record, saved = out / "args.json", sorted(out.glob("checkpoints/step-??????"), reverse=True)
+        record, saved = out / "args.json", sorted((out / "checkpoints").glob(NAMES), reverse=True)
         if record.exists() and read_json(record).get("format") != FORMAT:
             raise InputError(f"--resume: {out} was made by another version of this project; go on "
                              "with that one, or choose another --out")
@@ -224,7 +227,7 @@ def load_optimizer(checkpoint: Path, model, optimizer) -> None:
 
 def remove_old_checkpoints(newest: Path, state: RunState, keep: int) -> None:
     """On rank 0: keep the newest `keep`, and one from before the last step with a right sample."""
-    saved = sorted(newest.parent.glob("step-??????"))
+    saved = sorted(newest.parent.glob(NAMES))
     older = [path for path in saved if path <= newest]  # --resume passed over the others
     kept = older[-keep:]
     if state.step > state.last_solved:  # the run may have diverged since

@@ -149,19 +149,19 @@ def read_samples(path: Path) -> list[dict]:
 def complete_benchmark(path: Path, problems: list[Problem], sampler, grader, args) -> list[dict]:
     """--samples rows per problem, in order: what `path` holds, and new ones, appended to it."""
     rows = read_samples(path) if path.exists() else []
-    held = Counter(row["problem"] for row in rows)
-    left = [problem for problem in problems if held[problem.id] < args.samples]
-    # Problems drawn before they are saved: four batches, so that the engine is rarely half empty.
-    at_once = max(4 * dist.get_world_size() * args.sampler_batch_size // args.samples, 1)
+    held = {(row["problem"], row["index"]) for row in rows}
+    missing = [(problem, index) for problem in problems for index in range(args.samples)
+               if (problem.id, index) not in held]
+    # Samples drawn before they are saved: four batches, so that the engine is rarely half empty.
+    at_once = 4 * dist.get_world_size() * args.sampler_batch_size
     bar = tqdm(desc=path.stem, total=len(problems) * args.samples, initial=len(rows), unit="sample",
                disable=dist.get_rank() > 0)
-    for start in range(0, len(left), at_once):
-        part = left[start : start + at_once]
-        first = np.array([held[problem.id] for problem in part])
-        samples = draw(sampler, grader, part, counts=args.samples - first, first_index=first,
+    for start in range(0, len(missing), at_once):
+        asked, indices = zip(*missing[start : start + at_once])
+        samples = draw(sampler, grader, asked, [1] * len(asked), first_index=indices,
                        seed_key=(args.seed, EVALUATION, 0), temperature=args.temperature)
-        on_rank0(append_rows, path, sample_rows(samples, part))
-        rows += sample_rows(samples, part)
+        on_rank0(append_rows, path, sample_rows(samples, asked))
+        rows += sample_rows(samples, asked)
         bar.update(len(samples))
     bar.close()
     return sorted(rows, key=lambda row: (row["problem"], row["index"]))
@@ -213,7 +213,7 @@ def main(argv=None) -> None:
     folder = args.out or (None if args.rescore else f"runs/eval-{Path(args.model).name}")
     out = Path(folder) if folder else None
     resume = args.resume and not args.rescore
-    lock = claim_folder(out, PROTOCOL, resume) if out else nullcontext()
+    lock = claim_folder(out, (PROTOCOL,), resume) if out else nullcontext()
     with lock, Grader() as grader:
         if args.rescore:
             protocol, rows = rescore(Path(args.rescore), out, grader)

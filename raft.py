@@ -23,9 +23,9 @@ from tqdm import tqdm
 import run
 from batches import add_memory_flags, collate, distribute, fill_logprobs, gather_tensor
 from batches import micro_batches_here, per_token
-from checkpoint import RunState, add_folder_flags, claim_folder, load_optimizer, newest_checkpoint
-from checkpoint import note_problems, run_folder, save_checkpoint, start_log, watch_divergence
-from checkpoint import write_log
+from checkpoint import LEFT_BY_A_RUN, RunState, add_folder_flags, claim_folder, load_optimizer
+from checkpoint import newest_checkpoint, note_problems, run_folder, save_checkpoint, start_log
+from checkpoint import watch_divergence, write_log
 from data import BENCHMARKS, Problem, Sample, add_data_flags, load_prompts, prompts_looked_at
 from eval import add_evaluation_flags, evaluate
 from grader import Grader
@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                      add_loss_flags, add_memory_flags, add_evaluation_flags, add_folder_flags):
         add_part(parser)
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=run.positive_int, default=60, help="number of draws; a few updates each")
+    add("--steps", type=run.number(int, 1, 999_999), default=60, help="a draw and its updates each")
     add("--updates-per-step", type=run.positive_int, default=1, help="the paper: 4")
     add("--lr", type=run.non_negative, default=3e-4, help="of AdamW, constant; the paper: 1e-6")
     add("--weight-decay", type=run.non_negative, default=0.01, help="of AdamW")
@@ -53,7 +53,7 @@ def train(args: argparse.Namespace) -> None:
     stop, device = run.StopSignal(), run.join_ranks()
     run.on_every_rank(settle_budget, args, args.objective)
     out = run_folder(args)
-    lock = claim_folder(out, "args.json", args.resume)
+    lock = claim_folder(out, LEFT_BY_A_RUN, args.resume)
     checkpoint, state = newest_checkpoint(out) if args.resume else (None, RunState())
     if state.step >= args.steps:
         run.print0(f"{out}: is at step {state.step} of --steps {args.steps}; nothing is left to do")

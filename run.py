@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import gc
+import io
 import json
 import math
 import os
@@ -33,8 +34,7 @@ class Stopped(Exception):
 
 def run_script(main) -> None:
     """Call main(). Bad input ends in one line and exit code 2, a run that fails in code 1."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     try:
         main()
     except (InputError, RunError) as error:
@@ -49,6 +49,35 @@ def run_script(main) -> None:
             print("out of memory: see --tokens-per-micro-batch, --vllm-memory, "
                   "--gradient-checkpointing, --fsdp", file=sys.stderr)
         raise
+
+
+class Screen:
+    """A stream to be read by people. A run goes on where nobody can read it any more: the terminal
+    was closed, the reader of the pipe has ended, the disk is full."""
+
+    def __init__(self, stream):
+        if stream is None:  # it was closed before Python started
+            stream = open(os.devnull, "w")
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal has no ±
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """As of the stream."""
+        return self._try(self.stream.write, text) or 0
+
+    def flush(self) -> None:
+        """As of the stream."""
+        self._try(self.stream.flush)
+
+    def _try(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except OSError:  # from now on it goes nowhere; what is in its buffer, too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 # --- flags -----------------------------------------------------------------------------------
@@ -114,14 +143,10 @@ def join_ranks() -> torch.device:
 
 
 def print0(text: str) -> None:
-    """Print a line, on rank 0 alone. A run goes on where nobody reads it: behind `| head -1`."""
-    if dist.get_rank() > 0:
-        return
-    try:
+    """Print a line, on rank 0 alone."""
+    if dist.get_rank() == 0:
         tqdm.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def gather(items: list) -> list:
@@ -206,4 +231,4 @@ def read_json(path: Path, key: str | None = None) -> dict:
         content = json.loads(path.read_text())
         return dict(content[key] if key else content)
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: is damaged; delete it, or choose another --out") from error
+        raise InputError(f"{path}: is damaged; restore it, or choose another --out") from error

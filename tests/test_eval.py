@@ -152,6 +152,17 @@ def test_killed_and_resumed_gives_the_same_figures(straight, tmp_path, ranks):
 
 
 @pytest.mark.slow
+def test_lines_that_are_missing_are_drawn_whichever_they_are(straight, tmp_path):
+    out = tmp_path / "held"
+    shutil.copytree(straight[0], out)
+    lines = (out / "eval.jsonl").read_text().splitlines(keepends=True)
+    (out / "eval.jsonl").write_text("".join(lines[:4] + lines[5:9] + lines[11:]))  # (1, 0), (2, 1), (2, 2) are gone
+    run_command(out, "--resume")
+    assert sorted((out / "eval.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+    assert (out / "summary.json").read_text() == (straight[0] / "summary.json").read_text()
+
+
+@pytest.mark.slow
 def test_rescore_grades_anew_and_needs_no_model(straight, tmp_path):
     rows = read_rows(straight[0] / "eval.jsonl")
     right = next(row for row in rows if row["score"])

@@ -253,6 +253,27 @@ def test_a_screen_that_is_gone_does_not_end_the_run(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
 
 
+@pytest.mark.parametrize("screen", ["terminal", pytest.param("disk", marks=pytest.mark.slow), slow("none")])
+def test_a_screen_that_fails_does_not_end_the_run(tmp_path, screen):
+    """The terminal is closed after the first line; the disk that stdout goes to is full; there is no screen."""
+    words, screens, far_end = command("raft.py", *QUICK, "--steps", 2, "--out", tmp_path / "run"), {}, None
+    if screen == "terminal":
+        far_end, near_end = os.openpty()
+        screens = {"stdout": near_end, "stderr": near_end}
+    elif screen == "disk":
+        full = os.open("/dev/full", os.O_WRONLY)
+        screens = {"stdout": full, "stderr": full}
+    else:
+        words = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words]
+    process = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, **screens)
+    if far_end is not None:
+        os.close(near_end)
+        assert b"step 0" in os.read(far_end, 1000)
+        os.close(far_end)
+    assert process.wait(timeout=120) == 0
+    assert len(read_log(tmp_path / "run")) == 3 and (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+
+
 # --- disks -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("room", [1000, 300_000, 1_600_000])  # bytes of a file: the weights, or the optimizer, do not fit
 def test_a_full_disk_keeps_the_last_checkpoint(device, model_and_tokenizer, tmp_path, room):

@@ -11,7 +11,7 @@ from conftest import flags, settled
 from safetensors import safe_open
 
 from checkpoint import (
-    RunState, claim_folder, digest, load_optimizer, newest_checkpoint, run_folder, save_checkpoint, start_log)
+    LEFT_BY_A_RUN, RunState, claim_folder, digest, load_optimizer, newest_checkpoint, run_folder, save_checkpoint, start_log)
 from run import InputError, run_script as run_main, write_json
 
 
@@ -98,14 +98,36 @@ def test_a_new_folder_has_no_checkpoint(device, tmp_path):
 
 def test_a_folder_belongs_to_one_run(device, tmp_path):
     args, out = flags(), tmp_path / "run"
-    with claim_folder(out, "args.json", resume=False):
+    with claim_folder(out, LEFT_BY_A_RUN, resume=False):
         with pytest.raises(InputError, match=f"process {os.getpid()} is running there"):
-            claim_folder(out, "args.json", resume=False)
+            claim_folder(out, LEFT_BY_A_RUN, resume=False)
         start_log(out, args, 0)
     with pytest.raises(InputError, match="--resume continues it"):
-        claim_folder(out, "args.json", resume=False)
-    with claim_folder(out, "args.json", resume=True):
+        claim_folder(out, LEFT_BY_A_RUN, resume=False)
+    with claim_folder(out, LEFT_BY_A_RUN, resume=True):
         pass
+
+
+@pytest.mark.parametrize("left", ["args.json", "log.jsonl", "checkpoints/step-000001"])
+def test_a_folder_with_a_part_of_a_run_is_not_started_in(device, tmp_path, left):
+    (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(InputError, match="holds a run already"):
+        claim_folder(tmp_path, LEFT_BY_A_RUN, resume=False)
+    assert (tmp_path / left).is_dir()
+    with claim_folder(tmp_path, LEFT_BY_A_RUN, resume=True):
+        pass
+
+
+def test_what_others_put_beside_checkpoints_is_neither_read_nor_deleted(device, model_and_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    others = {make_checkpoint(tmp_path, 2).rename(tmp_path / "checkpoints" / name)
+              for name in ("step-backup", "step-00000x", "step-000002.old", "step-1")
+              if not (tmp_path / "checkpoints" / name).exists()}
+    for step in (4, 5):
+        save_checkpoint(tmp_path, RunState(step=step), model, torch.optim.AdamW(model.parameters()), tokenizer, 1)
+    newest = tmp_path / "checkpoints" / "step-000005"
+    assert newest_checkpoint(tmp_path)[0] == newest
+    assert set((tmp_path / "checkpoints").iterdir()) == {newest} | others
 
 
 def test_where_all_checkpoints_are_broken_nothing_is_started_anew(device, tmp_path):
