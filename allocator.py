@@ -131,7 +131,7 @@ def summarise_samples(prompts, is_right, norms, num_prompts: int) -> dict[str, n
     }
 
 
-# --- beside the paper: another estimator, and prompts that are left out -----------------------
+# --- beside the paper: another estimator -------------------------------------------------------
 def reward_weights(accept_rates, norm_right, norm_wrong) -> np.ndarray:
     """w_i = sqrt(c_i), (prompts,), for the policy gradient of the expected reward: GRPO's.
 
@@ -148,40 +148,6 @@ def reward_weights(accept_rates, norm_right, norm_wrong) -> np.ndarray:
         accept_rates=accept_rates, norm_right=norm_right, norm_wrong=norm_wrong)
     q = 1 - p
     return np.sqrt(p * q * (q * norm_right**2 + p * norm_wrong**2))
-
-
-def allocate_or_leave(weights, budget: int, smallest: int, missing_cost: float = 4.0) -> np.ndarray:
-    """Counts n_i, (prompts,), each 0 or at least `smallest`: the best of many prompts are served.
-
-    weights: w_i >= 0, (prompts,). smallest: 1; or 2 for a baseline within the group, which costs
-    the information of one sample. What is minimised is a sum over prompts:
-
-        w_i^2 / (n_i - smallest + 1)    the variance of a prompt that is served;
-        missing_cost * w_i^2            for one that is left out: its part of the gradient is lost.
-
-    missing_cost, above 1, is a modelling choice. 4 follows from two assumptions. An update makes
-    progress as S^2 / V does, S = sum_i s_i being the signal and V the variance; so to lose s_i is
-    as bad as to add 2 V s_i / S to the variance. And s_i is proportional to w_i^2, while V is twice
-    sum_i w_i^2, since prompts differ as much as the samples of one do. Then it is 4 w_i^2.
-
-    Greedy: what lowers the sum most for each sample goes first. That is optimal for smallest = 1,
-    and nearly so for 2. Raises ValueError for bad weights, TypeError for a fraction as budget.
-    """
-    left = operator.index(budget)
-    [weights] = _check_vectors(weights=weights)
-    counts, weights = np.zeros(len(weights), dtype=np.int64), weights.tolist()
-    first = math.sqrt((missing_cost - 1) / smallest)
-    heap = [(-first * w, 0, i) for i, w in enumerate(weights)]  # -sqrt(gain for each sample), n, i
-    heapq.heapify(heap)
-    while heap and left > 0:
-        _, n, i = heapq.heappop(heap)
-        size = smallest if n == 0 else 1
-        if size <= left:  # else it stays left out
-            counts[i] += size
-            left -= size
-            n = int(counts[i]) - smallest + 1  # samples but for those of the baseline
-            heapq.heappush(heap, (-weights[i] / math.sqrt(n * (n + 1)), n, i))
-    return counts
 
 
 def _check_vectors(**named) -> list[np.ndarray]:

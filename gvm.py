@@ -12,13 +12,13 @@ from functools import partial
 
 import numpy as np
 
-from allocator import allocate, allocate_or_leave, gvm_weights, reward_weights, summarise_samples
+from allocator import allocate, gvm_weights, reward_weights, summarise_samples
 from batches import fill_norms, prompt_states
 from data import TRAINING, Problem, Sample, problems_of_step, prompts_looked_at
 from grader import Grader
 from metrics import describe_pilot, describe_prediction, describe_step
 from model import Policy
-from predictor import Predictor
+from predictor import Predictor, allocate_or_leave
 from run import InputError, Stopped, StopSignal, gather, non_negative, number, positive_int, print0
 from sampler import HfSampler, VllmSampler, draw
 

@@ -1,4 +1,4 @@
-"""p and G of prompts that nobody has sampled yet: online regressions. Numpy only. Read it last.
+"""Prompts that nobody has sampled: p and G predicted, the best chosen. Numpy only. Read it last.
 
 The paper spends a pilot to learn p and G. Here they are predicted from numbers about the prompt, of
 which any will do that are known before sampling; gvm.py takes the model's own hidden states. What
@@ -7,9 +7,14 @@ is then drawn is what the regressions learn from.
     predictor = Predictor({})                            # its `learnt` goes into your checkpoints
     features = predictor.features(states)                # states: (prompts, numbers)
     p, weights = predictor.weights(features, rule)       # rule: (p, G+, G-) to weights
-    ...                                                  # allocate, draw, grade
+    counts = allocate_or_leave(weights, budget, 2)       # many prompts get 0
+    ...                                                  # draw, grade
     predictor.learn(features, p, table)                  # table: of allocator.summarise_samples
 """
+
+import heapq
+import math
+import operator
 
 import numpy as np
 
@@ -133,3 +138,40 @@ class Predictor:
             belief = known[f"{name}_mean"], known[f"{name}_precision"]
             belief = regress(belief, features, targets, num_drawn, is_share=name == "p")
             known[f"{name}_mean"], known[f"{name}_precision"] = belief
+
+
+def allocate_or_leave(weights, budget: int, smallest: int, missing_cost: float = 4.0) -> np.ndarray:
+    """Counts n_i, (prompts,), each 0 or at least `smallest`: the best of many prompts are served.
+
+    weights: w_i >= 0, (prompts,). smallest: 1; or 2 for a baseline within the group, which costs
+    the information of one sample. What is minimised is a sum over prompts:
+
+        w_i^2 / (n_i - smallest + 1)    the variance of a prompt that is served;
+        missing_cost * w_i^2            for one that is left out: its part of the gradient is lost.
+
+    missing_cost, above 1, is a modelling choice. 4 follows from two assumptions. An update makes
+    progress as S^2 / V does, S = sum_i s_i being the signal and V the variance; so to lose s_i is
+    as bad as to add 2 V s_i / S to the variance. And s_i is proportional to w_i^2, while V is twice
+    sum_i w_i^2, since prompts differ as much as the samples of one do. Then it is 4 w_i^2.
+
+    Greedy: what lowers the sum most for each sample goes first. That is optimal for smallest = 1,
+    and nearly so for 2. Raises ValueError naming the argument, TypeError for a fraction as budget.
+    """
+    left, weights = operator.index(budget), np.asarray(weights, dtype=np.float64)
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError(f"weights must be finite, and at least 0; got {weights}")
+    if left < 0:
+        raise ValueError(f"budget must be at least 0, got {budget}")
+    counts, weights = np.zeros(len(weights), dtype=np.int64), weights.tolist()
+    first = math.sqrt((missing_cost - 1) / smallest)
+    heap = [(-first * w, 0, i) for i, w in enumerate(weights)]  # -sqrt(gain for each sample), n, i
+    heapq.heapify(heap)
+    while heap and left > 0:
+        _, n, i = heapq.heappop(heap)
+        size = smallest if n == 0 else 1
+        if size <= left:  # else it stays left out
+            counts[i] += size
+            left -= size
+            n = int(counts[i]) - smallest + 1  # samples but for those of the baseline
+            heapq.heappush(heap, (-weights[i] / math.sqrt(n * (n + 1)), n, i))
+    return counts

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 
 import gvm
-from allocator import allocate, allocate_or_leave
+from allocator import allocate
 from data import problems_of_step
 from metrics import describe_step
-from predictor import LOG_P, LOG_Q
+from predictor import LOG_P, LOG_Q, allocate_or_leave
 
 
 def mixed_only(problems, step, state, source, args) -> tuple:

@@ -38,7 +38,7 @@ from tqdm import tqdm  # noqa: E402
 import grpo  # noqa: E402
 import gvm  # noqa: E402
 import methods  # noqa: E402 (in figures/)
-from allocator import allocate, allocate_or_leave, reward_weights  # noqa: E402
+from allocator import allocate, reward_weights  # noqa: E402
 from batches import collate, fill_norms, prompt_states  # noqa: E402
 from checkpoint import RunState  # noqa: E402
 from data import Sample, load_prompts, problems_of_step  # noqa: E402
@@ -46,7 +46,7 @@ from grader import Grader  # noqa: E402
 from gvm import SampleSource, e_step, estimate, predicted_step  # noqa: E402
 from losses import OBJECTIVES, loss_weights  # noqa: E402
 from model import Policy, load_model  # noqa: E402
-from predictor import Predictor  # noqa: E402
+from predictor import Predictor, allocate_or_leave  # noqa: E402
 from run import join_ranks  # noqa: E402
 from sampler import HfSampler, draw  # noqa: E402
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from allocator import allocate, allocate_or_leave, estimator_variance, gvm_weights, reward_weights, summarise_samples
+from allocator import allocate, estimator_variance, gvm_weights, reward_weights, summarise_samples
 from grpo import grpo_advantage
 
 
@@ -100,39 +100,6 @@ def test_reward_weights_are_the_spread_of_a_sample_s_term():
         expected = np.mean((advantages * norms[:80_000]) ** 2)
         exact = (0.7 - 0.7**n) * 2.0**2 + (0.3 - 0.3**n) * 0.7**2  # as the docstring has it, up to (n - 1) / n
         assert (n - 1) / n * exact == pytest.approx(expected, rel=0.03)
-
-
-def cost(weights: np.ndarray, counts, smallest: int) -> float:
-    """What allocate_or_leave minimises: a variance for each prompt that is served, a price for each other."""
-    informative = np.array(counts) - smallest + 1
-    return sum(w**2 / k if k > 0 else 4 * w**2 for w, k in zip(weights, informative))
-
-
-def test_samples_or_none_by_hand():
-    # Gains a sample: 1.5 w^2 for a pair, then w^2/2, w^2/6, ...: 13.5 and 6 for pairs, 4.5, 2, 1.5, and 1.5 for a pair.
-    weights = np.array([3.0, 1.0, 2.0, 0.5])
-    assert allocate_or_leave(weights, 4, smallest=2).tolist() == [2, 0, 2, 0]
-    assert allocate_or_leave(weights, 9, smallest=2).tolist() == [4, 2, 3, 0]
-    assert allocate_or_leave(weights, 5, smallest=1).tolist() == [2, 1, 2, 0]  # 27, 12, 4.5, 3, 2, 1.5
-    assert allocate_or_leave(weights, 1, smallest=2).tolist() == [0, 0, 0, 0]  # it would tell nothing
-    assert allocate_or_leave(np.zeros(3), 7, smallest=1).tolist() == [3, 2, 2]  # evenly
-    assert allocate_or_leave(weights * 1e200, 9, smallest=2).tolist() == [4, 2, 3, 0]
-    for bad in ([-1.0], [np.nan]):
-        with pytest.raises(ValueError, match="weights"):
-            allocate_or_leave(bad, 2, smallest=1)
-
-
-@pytest.mark.parametrize(("smallest", "is_best", "worst"), [(1, 1.0, 1.0), (2, 0.8, 1.15)])
-def test_samples_or_none_against_brute_force(smallest, is_best, worst):
-    generator, ratios = np.random.default_rng(0), []
-    for _ in range(200):
-        weights, budget = np.exp(generator.normal(size=4)), int(generator.integers(smallest, 11))
-        found = allocate_or_leave(weights, budget, smallest)
-        assert found.sum() in (budget, budget - 1) and not ((found > 0) & (found < smallest)).any()
-        every = [counts for counts in itertools.product(range(budget + 1), repeat=4) if sum(counts) <= budget]
-        ratios.append(cost(weights, found, smallest) / min(cost(weights, counts, smallest) for counts in every))
-    print(f"smallest {smallest}: best in {np.mean(np.array(ratios) < 1 + 1e-9):.0%} of cases, at worst {max(ratios):.3f}")
-    assert np.mean(np.array(ratios) < 1 + 1e-9) >= is_best and max(ratios) < worst + 1e-9
 
 
 def test_allocation_by_hand():
