@@ -112,6 +112,8 @@ def summarise_samples(prompts, is_right, norms, num_prompts: int) -> dict[str, n
     derivation (Algorithm 2 writes the mean); 0 without any. Raises ValueError naming the argument.
     """
     prompts, is_right, norms = np.asarray(prompts), np.asarray(is_right), np.asarray(norms)
+    if not prompts.shape == is_right.shape == norms.shape == (prompts.size,):
+        raise ValueError("prompts, is_right and norms must have one entry for each sample")
     if is_right.dtype != bool:
         raise ValueError(f"is_right must be booleans, not {is_right.dtype}; say rewards > 0")
     if prompts.size and not 0 <= prompts.min() <= prompts.max() < num_prompts:

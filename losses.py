@@ -6,7 +6,7 @@ The loss of one update is a sum over samples j and the tokens t of each,
 
 with an advantage A_j (by the objective), a weight w_j (`loss_weights`) and a loss of each token.
 The paper's M-step, -1/m sum_i 1/|D_i| sum_{j in D_i} ln pi_j over m prompts and their right samples
-D_i, has A_j = 1, w_j = 1 / (m |D_i|), and the loss -A_j ln pi_jt.
+D_i, has A_j = 1, w_j = 1 / (m |D_i|), here over the mean length, and the loss -A_j ln pi_jt.
 """
 
 import argparse
@@ -58,9 +58,10 @@ def loss_weights(samples: list[Sample], used: np.ndarray, num_prompts: int, weig
 
     used: (samples,), what the estimator averages over: right samples in RAFT, all in GRPO.
     m = num_prompts, solved or not; D_i: the used samples of prompt i; T_j: its response tokens.
-    sum and mean below are over all samples of the update, right or wrong, used or not.
-    prompt:   1 / (m |D_i| mean(T)), Algorithm 1: each solved prompt counts the same, however many
-              samples it got. Dividing by mean(T) as well brings it near the scale of `token`.
+    sum(T) and mean(T) are over all samples of the update, right or wrong, used or not.
+    prompt:   1 / (m |D_i| mean(T)), Algorithm 1: the mean over a prompt's right samples counts as
+              much as any other prompt's, however many there are. mean(T), of right and wrong
+              samples, brings it near the scale of `token`.
     token:    1 / sum(T), as in the released code. Favours prompts with many samples.
     sequence: 1 / (T_j sum_i |D_i|), Eq. 8. Favours them, too.
     """

@@ -192,7 +192,7 @@ def optimizer_step(learner, optimizer, samples: list[Sample], args, on_policy: b
         learner.require_backward_grad_sync = i == len(batches)
         sums = micro_batch_loss(learner, batch, args, on_policy)
         is_real = float(bool(indices))  # else it is a pass for the other ranks' sake
-        (is_real * ranks * sums[0]).backward()  # which takes the mean over ranks; we want the sum
+        (is_real * ranks * sums[0]).backward()  # times ranks: DDP takes the mean of gradients
         totals += is_real * sums.detach().cpu()
     dist.all_reduce(totals)
     norm = gather_tensor(torch.nn.utils.clip_grad_norm_(learner.parameters(), args.grad_clip))

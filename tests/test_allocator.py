@@ -237,6 +237,16 @@ def test_from_samples_to_p_and_g_by_hand():
     assert table["norm_wrong"] == pytest.approx([5.0, 0.0, np.sqrt(12.5)])
 
 
+def test_samples_that_cannot_be_summarised_are_named():
+    good = {"prompts": [0, 1, 1], "is_right": [True, False, True], "norms": [1.0, np.nan, 2.0]}
+    table = summarise_samples(**good, num_prompts=2)
+    assert table["norm_right"].tolist() == [1.0, 2.0]  # nobody has to know norms that are not looked at
+    for wrong, named in (({"is_right": [1, 0, 1]}, "is_right must be booleans"), ({"prompts": [0, 1, 7]}, "rows from 0"),
+                         ({"prompts": [0, 1]}, "one entry for each sample"), ({"norms": [1.0]}, "one entry for each")):
+        with pytest.raises(ValueError, match=named):
+            summarise_samples(**good | wrong, num_prompts=2)
+
+
 def test_estimator_variance():
     assert estimator_variance([2, 4], [3.0, 2.0]) == 2.0
     assert estimator_variance([0, 4], [0.0, 2.0]) == 0.5

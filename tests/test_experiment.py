@@ -64,10 +64,12 @@ def test_the_readmes_have_the_tables_of_the_records():
     assert not missing and all(line in readme for line in chosen.splitlines())
     front, readme = " ".join(front.split()), " ".join(readme.split())  # sentences run over lines
     cells = {tuple(line.strip("| ").split(" | ")[:3:2]): line.strip("| ").split(" | ") for line in lines if "| usual |" in line}
-    published, wider = cells["raft", "published, 10 seeds"], cells["grpo", "wider pool, 10 seeds"]
-    samples, tokens = published[8], published[9]
-    assert f"{tokens.split(' (')[0]} times fewer **tokens** (95 % interval {tokens.split(' (')[1][:-1]}, ten pairs" in front
-    assert f"or {samples.split(' (')[0]} times fewer **samples** ({samples.split(' (')[1]}" in front
+    grpo, raft, wider = (cells[key] for key in (
+        ("grpo", "published, 10 seeds"), ("raft", "published, 10 seeds"), ("grpo", "wider pool, 10 seeds")))
+    (grpo_tokens, grpo_interval), (raft_tokens, raft_interval) = (row[9][:-1].split(" (") for row in (grpo, raft))
+    assert (f"{grpo_tokens} times fewer response **tokens** for GRPO (95 % interval over ten pairs of seeds: "
+            f"{grpo_interval}), and {raft_tokens} for RAFT ({raft_interval}, so that") in front
+    assert f"In **samples** it is {grpo[8].split()[0]} and {raft[8].split()[0]}." in front
     assert f"GRPO's {wider[8].split()[0]} times fewer samples are {wider[9].split()[0]} times fewer tokens" in readme
     rows = [line.strip("| ").split(" | ") for line in experiment.table(records, most_seeds=5).splitlines()[2:]]
     five = {(row[0], row[2].removesuffix(", 5 seeds")): row for row in rows if row[1] == "usual"}  # the oracle's seeds
