@@ -1,7 +1,7 @@
 """The E-step: how many samples each prompt gets, and drawing them. Algorithm 2 of the paper.
 
-`e_step` is the published algorithm; its parts stand below it. Last comes what is added to the
-paper: p and G that are predicted (`--candidates-per-step`), where it takes a pilot.
+`e_step` is the published algorithm (README.md lists where it departs); its parts stand below it.
+Last comes what is added: p and G predicted (`--candidates-per-step`), where it takes a pilot.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
         # Proposition 1: w_i = G_i / sqrt(p_i + alpha / p_i^(beta - 1)), or another rule's w_i.
         table["weights"] = rule.weights(p, G, G_wrong, args)
 
-        # n_i = N w_i / sum_j w_j, in whole numbers that add up to N; none is below the pilot.
+        # n_i = N w_i / sum_j w_j, in whole numbers that add up to N; none below what is reused.
         budget = args.samples_per_prompt * len(ahead)  # N
         counts = allocate(table["weights"], budget, min_samples=reused)
         table["counts"] = gather([counts])[0]  # of rank 0: others may round otherwise
