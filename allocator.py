@@ -116,7 +116,8 @@ def summarise_samples(prompts, is_right, norms, num_prompts: int) -> dict[str, n
         raise ValueError("prompts, is_right and norms must have one entry for each sample")
     if is_right.dtype != bool:
         raise ValueError(f"is_right must be booleans, not {is_right.dtype}; say rewards > 0")
-    if prompts.size and not 0 <= prompts.min() <= prompts.max() < num_prompts:
+    is_integer = prompts.dtype.kind in "iu"
+    if prompts.size and not (is_integer and 0 <= prompts.min() <= prompts.max() < num_prompts):
         raise ValueError(f"prompts must be rows from 0 to {num_prompts - 1}, not ids")
 
     def total(values: np.ndarray) -> np.ndarray:  # (samples,) to (num_prompts,)

@@ -25,12 +25,12 @@ import torch.distributed.checkpoint.state_dict as state_dicts
 from safetensors import SafetensorError
 
 from data import Problem, compare_problems
-from run import InputError, RunError, append_rows, gather, on_rank0, positive_int, print0
+from run import InputError, RunError, append_rows, of_rank0, on_rank0, positive_int, print0
 from run import read_json, write_json
 
 FORMAT = 2  # of a run's folder. A change of RunState, or of what a flag means, needs another one
 LEFT_BY_A_RUN = ("args.json", "log.jsonl", "checkpoints")
-NAMES = "step-" + 6 * "[0-9]"  # of checkpoints; other files beside them are somebody else's
+CHECKPOINT = "step-" + 6 * "[0-9]"  # other names beside these are somebody else's
 # What the log counts from the start of the run; all other metrics are of one step.
 TOTALS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures")
 PHASES = ("sample", "sync", "grade", "score", "train", "eval", "save")  # what its seconds are for
@@ -194,7 +194,8 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, RunState]:
     none is whole, or if another version of this project has made the run."""
 
     def find():
-        record, saved = out / "args.json", sorted((out / "checkpoints").glob(NAMES), reverse=True)
+        record, folder = out / "args.json", out / "checkpoints"
+        saved = sorted(folder.glob(CHECKPOINT), reverse=True)
         if record.exists() and read_json(record).get("format") != FORMAT:
             raise InputError(f"--resume: {out} was made by another version of this project; go on "
                              "with that one, or choose another --out")
@@ -210,7 +211,7 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, RunState]:
             raise InputError(f"--resume: no checkpoint in {out} is whole; choose another --out")
         return None, RunState()
 
-    return gather([on_rank0(find)])[0]
+    return of_rank0(on_rank0(find))
 
 
 def load_optimizer(checkpoint: Path, model, optimizer) -> None:
@@ -227,7 +228,7 @@ def load_optimizer(checkpoint: Path, model, optimizer) -> None:
 
 def remove_old_checkpoints(newest: Path, state: RunState, keep: int) -> None:
     """On rank 0: keep the newest `keep`, and one from before the last step with a right sample."""
-    saved = sorted(newest.parent.glob(NAMES))
+    saved = sorted(newest.parent.glob(CHECKPOINT))
     older = [path for path in saved if path <= newest]  # --resume passed over the others
     kept = older[-keep:]
     if state.step > state.last_solved:  # the run may have diverged since

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from answers import extract_boxed, reference_answer
-from run import InputError, gather, on_every_rank, print0
+from run import InputError, of_rank0, on_every_rank, print0
 
 TOY = Path(__file__).resolve().parent / "tests" / "toy"  # the model and problems used by default
 
@@ -225,7 +225,7 @@ def compare_problems(known: dict[str, str], data: dict[str, list[Problem]]) -> d
     """Digests of problems, by name of the data. InputError unless they are those of all ranks, and
     for names that a checkpoint knows, `known`, those of then."""
     digests = {name: digest_problems(problems) for name, problems in data.items()}
-    on_rank_0 = gather([digests])[0]
+    on_rank_0 = of_rank0(digests)
 
     def compare():
         for name, digest in digests.items():

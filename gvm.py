@@ -19,7 +19,8 @@ from grader import Grader
 from metrics import describe_pilot, describe_prediction, describe_step
 from model import Policy
 from predictor import Predictor, allocate_or_leave
-from run import InputError, Stopped, StopSignal, gather, non_negative, number, positive_int, print0
+from run import InputError, Stopped, StopSignal, non_negative, number, of_rank0, positive_int
+from run import print0
 from sampler import HfSampler, VllmSampler, draw
 
 
@@ -35,11 +36,12 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
         return predicted_step(problems, step, state, source, args)
 
     rule, pilot_size = RULES[args.allocator], args.pilot_samples
-    reused = pilot_size if args.e_step_every == 1 else 0  # drawn already of each n_i
-    batch = problems_of_step(problems, step, args)
-    pilot, table = [], state.plan if args.e_step_every > 1 else None
+    informs_only = args.e_step_every > 1
+    reused = 0 if informs_only else pilot_size  # drawn already of each n_i
+    batch, pilot = problems_of_step(problems, step, args), []
+    table = state.plan if informs_only else None
     if not is_planned(table, step, batch):
-        # The pilot: N' samples of each prompt (0 for uniform), graded, with gradient norms.
+        # The pilot: N' samples of each prompt (0 if not needed), graded, with gradient norms.
         ahead, steps = problems_ahead(problems, step, args)
         pilot = source.sample_and_grade(ahead, [pilot_size] * len(ahead), step, with_norms=True)
 
@@ -52,14 +54,13 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
 
         # n_i = N w_i / sum_j w_j, in whole numbers that add up to N; none below what is reused.
         budget = args.samples_per_prompt * len(ahead)  # N
-        counts = allocate(table["weights"], budget, min_samples=reused)
-        table["counts"] = gather([counts])[0]  # of rank 0: others may round otherwise
+        table["counts"] = of_rank0(allocate(table["weights"], budget, min_samples=reused))
 
     # Draw the rest, by the policy as it is now. The pilot had the first indices.
     counts = rows_of_step(table, step)["counts"]
     rest = source.sample_and_grade(batch, counts - reused, step, first_index=pilot_size)
-    samples = pilot + rest if reused else rest
-    state.plan = table if args.e_step_every > 1 else None  # not before: a step may be given up
+    samples = rest if informs_only else pilot + rest
+    state.plan = table if informs_only else None  # not before: a step may be given up
 
     metrics = describe_step(batch, samples, drawn=pilot + rest)
     if rule.needs_pilot:
@@ -194,8 +195,8 @@ def settle_budget(args: argparse.Namespace, objective: str | None = None) -> Non
         raise InputError(f"--candidates-per-step: --allocator {args.allocator} does not weigh each "
                          "prompt by its own p and G; leave one of the two out")
     if not takes_pilot and (args.pilot_samples or args.e_step_every > 1):
-        without = "--candidates-per-step" if predicts else f"--allocator {args.allocator}"
-        raise InputError(f"--pilot-samples, --e-step-every: no pilot is taken with {without}; "
+        chosen = "--candidates-per-step" if predicts else f"--allocator {args.allocator}"
+        raise InputError(f"--pilot-samples, --e-step-every: no pilot is taken with {chosen}; "
                          "leave them out")
     if args.pilot_samples is None:
         args.pilot_samples = 2 if takes_pilot else 0
@@ -215,9 +216,8 @@ def predicted_step(problems: list[Problem], step: int, state, source: SampleSour
     states = prompt_states(source.policy, candidates, args.tokens_per_micro_batch)
     features = predictor.features(states)
     p, weights = predictor.weights(features, partial(RULES[args.allocator].weights, args=args))
-    counts = allocate_or_leave(weights, args.prompts_per_step * args.samples_per_prompt,
-                               smallest=source.smallest_group)
-    counts = gather([counts])[0]  # of rank 0: another machine may round differently
+    budget = args.prompts_per_step * args.samples_per_prompt
+    counts = of_rank0(allocate_or_leave(weights, budget, smallest=source.smallest_group))
     samples = source.sample_and_grade(candidates, counts, step, with_norms=True)
 
     table = estimate(samples, candidates, args.weighting)

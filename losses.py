@@ -6,7 +6,7 @@ The loss of one update is a sum over samples j and the tokens t of each,
 
 with an advantage A_j (by the objective), a weight w_j (`loss_weights`) and a loss of each token.
 The paper's M-step, -1/m sum_i 1/|D_i| sum_{j in D_i} ln pi_j over m prompts and their right samples
-D_i, has A_j = 1, w_j = 1 / (m |D_i|), here over the mean length, and the loss -A_j ln pi_jt.
+D_i, has A_j = 1, w_j = 1 / (m |D_i|), here over a mean length too, and the loss -A_j ln pi_jt.
 """
 
 import argparse
@@ -20,12 +20,14 @@ import torch
 from data import Sample
 from run import non_negative, number
 
+WEIGHTINGS = ("prompt", "token", "sequence")  # see loss_weights
+
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     """What is trained on, and how."""
     add = parser.add_argument_group("loss").add_argument
     add("--objective", choices=OBJECTIVES, default="raft", help="an entry of losses.OBJECTIVES")
-    add("--weighting", choices=["prompt", "token", "sequence"], default="prompt",
+    add("--weighting", choices=WEIGHTINGS, default="prompt",
         help="how prompts and samples are averaged: see losses.loss_weights")
     add("--loss", choices=LOSSES, default="raft++", help="raft: -A ln pi; raft++: Eq. 8, clipped")
     add("--clip-low", type=non_negative, default=0.2, help="raft++: ratio >= 1 - this, if A < 0")

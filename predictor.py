@@ -158,8 +158,8 @@ def allocate_or_leave(weights, budget: int, smallest: int, missing_cost: float =
     and nearly so for 2. Raises ValueError naming the argument, TypeError for a fraction as budget.
     """
     left, weights = operator.index(budget), np.asarray(weights, dtype=np.float64)
-    if not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError(f"weights must be finite, and at least 0; got {weights}")
+    if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError(f"weights must be (prompts,), finite, >= 0; got {weights}")
     if left < 0:
         raise ValueError(f"budget must be at least 0, got {budget}")
     counts, weights = np.zeros(len(weights), dtype=np.int64), weights.tolist()

@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                      add_loss_flags, add_memory_flags, add_evaluation_flags, add_folder_flags):
         add_part(parser)
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=run.number(int, 1, 999_999), default=60, help="a draw and its updates each")
+    add("--steps", type=run.number(int, 1, 999_999), default=60, help="draws, each with updates")
     add("--updates-per-step", type=run.positive_int, default=1, help="the paper: 4")
     add("--lr", type=run.non_negative, default=3e-4, help="of AdamW, constant; the paper: 1e-6")
     add("--weight-decay", type=run.non_negative, default=0.01, help="of AdamW")

@@ -156,6 +156,11 @@ def gather(items: list) -> list:
     return sum(parts, [])
 
 
+def of_rank0(item):
+    """Rank 0's item, on every rank: where another machine might round differently, say."""
+    return gather([item])[0]
+
+
 def share_out(items: list, function) -> list:
     """function(items), which returns a list, for all ranks: each computes a share of it."""
     rank, ranks = dist.get_rank(), dist.get_world_size()

@@ -3,7 +3,7 @@
     torchrun tests/allocation_table.py --out table.jsonl --pilot-samples 4             # the toy, on a CPU
 
 One line for each problem: all of them are one step, whatever --prompts-per-step. The flags are those of raft.py's
-model, problems, sampling, budget, memory and loss; of the last --weighting alone matters, which decides what G is.
+model, problems, sampling, budget and memory.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from batches import add_memory_flags, distribute  # noqa: E402
 from data import add_data_flags, load_prompts  # noqa: E402
 from grader import Grader  # noqa: E402
 from gvm import RULES, SampleSource, add_budget_flags, estimate, settle_budget  # noqa: E402
+from losses import WEIGHTINGS  # noqa: E402
 from metrics import describe_pilot  # noqa: E402
-from losses import add_loss_flags  # noqa: E402
 from model import Policy, add_model_flags, load_model  # noqa: E402
 from run import InputError  # noqa: E402
 from sampler import add_sampler_flags, make_sampler  # noqa: E402
@@ -29,6 +29,7 @@ def add_table_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this script alone."""
     parser.add_argument("--limit", type=run.positive_int, help="use the first problems of --data only")
     parser.add_argument("--out", required=True, help="the table to write; must not exist")
+    parser.add_argument("--weighting", choices=WEIGHTINGS, default="prompt", help="as in raft.py: it decides what G is")
 
 
 def set_up(args, device, out: Path) -> tuple:
@@ -46,7 +47,7 @@ def set_up(args, device, out: Path) -> tuple:
 def main(argv=None) -> None:
     """Write the table; print a summary."""
     args = run.parse_flags(argv, __doc__, add_model_flags, add_data_flags, add_sampler_flags, add_budget_flags,
-                           add_memory_flags, add_loss_flags, add_table_flags)
+                           add_memory_flags, add_table_flags)
     device, out = run.join_ranks(), Path(args.out)
     model, tokenizer, problems, policy = run.on_every_rank(set_up, args, device, out)
     run.on_rank0(out.parent.mkdir, 0o777, True, True)

@@ -242,6 +242,7 @@ def test_samples_that_cannot_be_summarised_are_named():
     table = summarise_samples(**good, num_prompts=2)
     assert table["norm_right"].tolist() == [1.0, 2.0]  # nobody has to know norms that are not looked at
     for wrong, named in (({"is_right": [1, 0, 1]}, "is_right must be booleans"), ({"prompts": [0, 1, 7]}, "rows from 0"),
+                         ({"prompts": ["a", "b", "b"]}, "rows from 0"), ({"prompts": [0.0, 1.0, 1.0]}, "rows from 0"),
                          ({"prompts": [0, 1]}, "one entry for each sample"), ({"norms": [1.0]}, "one entry for each")):
         with pytest.raises(ValueError, match=named):
             summarise_samples(**good | wrong, num_prompts=2)

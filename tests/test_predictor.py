@@ -1,4 +1,4 @@
-"""predictor.py: regressions by hand and where the slope is zero, beliefs about p, what a predictor learns, and whom it serves."""
+"""predictor.py: regressions by hand and where the slope is zero, beliefs about p, what is learnt, and who is served."""
 
 import itertools
 import json
@@ -136,7 +136,7 @@ def test_samples_or_none_by_hand():
     assert allocate_or_leave(weights, 1, smallest=2).tolist() == [0, 0, 0, 0]  # it would tell nothing
     assert allocate_or_leave(np.zeros(3), 7, smallest=1).tolist() == [3, 2, 2]  # evenly
     assert allocate_or_leave(weights * 1e200, 9, smallest=2).tolist() == [4, 2, 3, 0]
-    for bad in ([-1.0], [np.nan]):
+    for bad in ([-1.0], [np.nan], [np.inf], [[1.0]]):
         with pytest.raises(ValueError, match="weights"):
             allocate_or_leave(bad, 2, smallest=1)
     with pytest.raises(ValueError, match="budget"):
