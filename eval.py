@@ -25,9 +25,9 @@ from transformers.utils import cached_file
 
 from answers import extract_boxed
 from checkpoint import claim_folder
-from data import BENCHMARKS, EVALUATION, SYSTEM_PROMPT, TOY, Problem, compare_problems
+from data import BENCHMARKS, EVALUATION, SYSTEM_PROMPT, TOY, Problem, Sample, compare_problems
 from data import encode_prompt, load_prompts, read_rows, sample_rows
-from grader import Grader
+from grader import REWARDS, Grader, add_reward_flags
 from metrics import as_table, summarise
 from model import add_model_flags, load_model
 from run import InputError, append_rows, join_ranks, non_negative, on_every_rank, on_rank0
@@ -66,15 +66,14 @@ def same_answers(grader):
     """From pairs of answers to booleans, whether they are equivalent; the ranks share the work."""
 
     def judge(pairs: list[tuple[str, str]]) -> list[bool]:
-        grades = grader([f"\\boxed{{{one}}}" for one, _ in pairs], [other for _, other in pairs])
-        return [score > 0 for score, _ in grades]
+        boxes, others = [f"\\boxed{{{one}}}" for one, _ in pairs], [other for _, other in pairs]
+        return [is_equal for is_equal, _ in grader(boxes, others)]
 
     return lambda pairs: share_out(pairs, judge)
 
 
 # --- the command ---------------------------------------------------------------------------
 PROTOCOL = "protocol.json"
-GRADER = f"math-verify {importlib.metadata.version('math-verify')}"
 COLUMNS = {"problem": int, "index": int, "response": str, "reference": str, "score": float,
            "grader_failed": bool, "finish_reason": str, "tokens": int}  # beside "answer"
 
@@ -97,6 +96,11 @@ def add_command_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(max_prompt_tokens=1024, max_response_tokens=3072)
 
 
+def graded_by(args: argparse.Namespace) -> str:
+    """The reward, and the version of the reader that it stands on."""
+    return f"{args.reward}, math-verify {importlib.metadata.version('math-verify')}"
+
+
 def describe_protocol(args: argparse.Namespace, model, sampler) -> dict:
     """What one has to know to repeat the figures; only figures of one protocol compare."""
     flags = ("model", "samples", "temperature", "max_prompt_tokens", "max_response_tokens")
@@ -113,7 +117,7 @@ def describe_protocol(args: argparse.Namespace, model, sampler) -> dict:
         "revision": commit.group(1) if commit else None,  # none: the model is a folder
         "weights": weights.hexdigest()[:12],
         "sampler": type(sampler).__name__,
-        "grader": GRADER,
+        "grader": graded_by(args),
     }
 
 
@@ -186,20 +190,23 @@ def evaluate_benchmarks(args: argparse.Namespace, out: Path, grader, device) -> 
     return protocol, rows
 
 
-def rescore(path: Path, out: Path | None, grader) -> tuple[dict, dict]:
+def rescore(path: Path, out: Path | None, grader, graded_by: str) -> tuple[dict, dict]:
     """(protocol, rows by benchmark) of the samples in `path`, graded anew; kept in `out` if set."""
     rows = read_samples(path)
     if len(set(Counter(row["problem"] for row in rows).values())) != 1:
         raise InputError(f"--rescore {path}: is empty, or uneven over problems; --resume it first")
     rows.sort(key=lambda row: (row["problem"], row["index"]))
-    grades = grader([row["response"] for row in rows], [row["reference"] for row in rows])
-    changed = sum(row["score"] != score for row, (score, _) in zip(rows, grades))
-    for row, (score, failed) in zip(rows, grades):
-        row |= {"answer": extract_boxed(row["response"]), "score": score, "grader_failed": failed}
-    print0(f"{path}: {changed} of {len(rows)} scores differ from the saved ones, with {GRADER}")
+    samples = [Sample(row["problem"], row["index"], [], np.zeros(row["tokens"], np.int32),
+                      row["finish_reason"] == "stop", row["response"]) for row in rows]
+    grader.grade(samples, [row["reference"] for row in rows])
+    changed = sum(row["score"] != sample.reward for row, sample in zip(rows, samples))
+    for row, sample in zip(rows, samples):
+        row |= {"answer": extract_boxed(sample.text), "score": sample.reward,
+                "grader_failed": sample.grader_failed}
+    print0(f"{path}: {changed} of {len(rows)} scores differ from the saved ones, with {graded_by}")
     record = path.parent / PROTOCOL
     protocol = read_json(record) if record.exists() else {}
-    protocol |= {"grader": GRADER, "problems": {path.stem: "graded anew"}}
+    protocol |= {"grader": graded_by, "problems": {path.stem: "graded anew"}}
     if out:
         on_rank0(start_folder, out, protocol)
         on_rank0(append_rows, out / path.name, rows)
@@ -208,15 +215,16 @@ def rescore(path: Path, out: Path | None, grader) -> tuple[dict, dict]:
 
 def main(argv=None) -> None:
     """Draw, or grade anew; save samples and figures; print protocol and table."""
-    args = parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_command_flags)
+    args = parse_flags(argv, __doc__, add_model_flags, add_sampler_flags, add_reward_flags,
+                       add_command_flags)
     device = join_ranks()
     folder = args.out or (None if args.rescore else f"runs/eval-{Path(args.model).name}")
     out = Path(folder) if folder else None
     resume = args.resume and not args.rescore
     lock = claim_folder(out, (PROTOCOL,), resume) if out else nullcontext()
-    with lock, Grader() as grader:
+    with lock, Grader(REWARDS[args.reward]) as grader:
         if args.rescore:
-            protocol, rows = rescore(Path(args.rescore), out, grader)
+            protocol, rows = rescore(Path(args.rescore), out, grader, graded_by(args))
         else:
             protocol, rows = evaluate_benchmarks(args, out, grader, device)
         results = {}

@@ -28,7 +28,7 @@ from checkpoint import newest_checkpoint, note_problems, run_folder, save_checkp
 from checkpoint import watch_divergence, write_log
 from data import BENCHMARKS, Problem, Sample, add_data_flags, load_prompts, prompts_looked_at
 from eval import add_evaluation_flags, evaluate
-from grader import Grader
+from grader import REWARDS, Grader, add_reward_flags
 from gvm import SampleSource, add_budget_flags, e_step, settle_budget
 from losses import LOSSES, OBJECTIVES, add_loss_flags, kl_k3, loss_weights
 from model import Policy, add_model_flags, load_model, load_reference
@@ -37,8 +37,9 @@ from sampler import add_sampler_flags, make_sampler
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of this script: those of its modules, and of the optimisation."""
-    for add_part in (add_model_flags, add_data_flags, add_sampler_flags, add_budget_flags,
-                     add_loss_flags, add_memory_flags, add_evaluation_flags, add_folder_flags):
+    for add_part in (add_model_flags, add_data_flags, add_sampler_flags, add_reward_flags,
+                     add_budget_flags, add_loss_flags, add_memory_flags, add_evaluation_flags,
+                     add_folder_flags):
         add_part(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=run.number(int, 1, 999_999), default=60, help="draws, each with updates")
@@ -61,7 +62,7 @@ def train(args: argparse.Namespace) -> None:
     policy, reference, learner, optimizer, tokenizer, problems, eval_problems = set_up(
         args, device, checkpoint, state)
 
-    with lock, Grader() as grader:
+    with lock, Grader(REWARDS[args.reward]) as grader:
         sampler = make_sampler(policy.model, tokenizer, args)
         smallest_group = OBJECTIVES[args.objective].smallest_group
         source = SampleSource(policy, sampler, grader, args, smallest_group, stop, state.timer)

@@ -48,14 +48,12 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
         seeds = [_seed(*seed_key, problem.id, index) for problem, index in mine]
         responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature, timer)
         texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, *_ in responses]
+        samples = [
+            Sample(problem.id, index, problem.prompt_ids, response.ids, response.finished,
+                   text=text, sampler_logprobs=response.logprobs)
+            for (problem, index), response, text in zip(mine, responses, texts)]
         with timer("grade"):
-            grades = grader(texts, [problem.answer for problem, _ in mine])
-        samples = []
-        for (problem, index), response, text, grade in zip(mine, responses, texts, grades):
-            reward, failed = grade
-            samples.append(Sample(
-                problem.id, index, problem.prompt_ids, response.ids, response.finished, text=text,
-                reward=reward, grader_failed=failed, sampler_logprobs=response.logprobs))
+            grader.grade(samples, [problem.answer for problem, _ in mine])
         return samples
 
     return share_out(requests, respond)

@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import namedtuple
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -41,6 +41,7 @@ import run  # noqa: E402
 from answers import extract_boxed  # noqa: E402
 from batches import collate, distribute, fill_logprobs, gather_tensor  # noqa: E402
 from data import EVALUATION, TOY, Sample, load_prompts  # noqa: E402
+from grader import Grader  # noqa: E402
 from model import Policy, load_model  # noqa: E402
 from sampler import HfSampler, VllmSampler, draw  # noqa: E402
 
@@ -53,11 +54,11 @@ def at_most(check: str, value: float, bound: float) -> Row:
     return Row(check, f"{value:.3g}", f"<= {bound:g}", bool(value <= bound))
 
 
-class PlainGrader(ExitStack):
-    """Used like grader.Grader, for (score, failed) of each response. Compares text, which will do for the toy."""
+class PlainGrader(Grader):
+    """Compares text, which will do for the toy, and needs no worker."""
 
-    def __call__(self, responses: list[str], answers: list[str]) -> list[tuple[float, bool]]:
-        return [(float(extract_boxed(text) == answer), False) for text, answer in zip(responses, answers, strict=True)]
+    def __call__(self, responses: list[str], answers: list[str]) -> list[tuple[bool, bool]]:
+        return [(extract_boxed(text) == answer, False) for text, answer in zip(responses, answers, strict=True)]
 
 
 def flags(*words) -> argparse.Namespace:

@@ -6,9 +6,6 @@ differs in value, in the order of a tuple, or in the kind of an interval's ends 
 WHOLE: (whole response, reference answer, score): which box counts.
 """
 
-import multiprocessing
-import os
-
 BOXED = [
     # integers and decimals
     ("18", "18", 1), ("18.0", "18", 1), ("18.00", "18", 1), ("+18", "18", 1), ("-18", "18", 0), ("017", "17", 1),
@@ -109,22 +106,16 @@ BOXED = [
     ("18/", "18", 0),
 ]
 
-# Contents of the boxes for which the grader gives another score, by the reason, which is always Math-Verify's reading.
+# Contents of the boxes for which the grader gives another score, by the reason.
 # test_answers.py fails if one of these comes right, or another goes wrong.
 DIFFERS = {
-    "numbers are compared to six digits": ["0.33333333", "3.14159265358979", "1.4142135623730951"],
-    "a space between digits separates, and 1e3 is a product with the number e": ["1 234", "1e3"],
+    "a decimal of six digits and more may stand for an exact number": ["0.33333333", "3.14159265358979"],
     "the principal cube root of a negative number is complex": [r"\sqrt[3]{-8}"],
-    "upright e and italic i are letters": ["e^2", "i^2"],
+    "italic i is a letter": ["i^2"],
     "degrees are a unit, which is dropped, also within a function": [r"\sin 30^\circ"],
-    "words have to stand in \\text, numbers outside": ["18 dollars", r"\text{The answer is }18", r"10\text{:}30"],
+    "words have to stand after a number": [r"\text{The answer is }18"],
     "letters of both cases are the same": ["X"],
-    "subscripts of numbers, bases among them, are ignored": ["2516_8"],
-    "a chain of inequalities is not an interval": [r"1 \le x \le 2"],
-    "the two empty sets are not the same": [r"\varnothing"],
-    "text with an operator is an expression": [r"\text{p - q}"],
-    "nesting this deep is not read, or not in time": ["{" * 50 + "18" + "}" * 50, r"\text{" * 100 + "18" + "}" * 100],
-    "only LaTeX and ASCII are read": ["１８", "𝟏𝟖", "١٨", "½", "x²", "√2", "∞"],
+    "data sets write it where there is no answer": ["nan"],
 }
 
 WHOLE = [
@@ -151,34 +142,21 @@ WHOLE = [
 
 
 def compare() -> None:
-    """Print where the grader, and Math-Verify as it comes (its own extraction, both readers), leave the table."""
-    from grader import Grader
+    """Print where the two rewards, this project's and Math-Verify's as it comes, leave the table."""
+    from grader import REWARDS, Grader
 
     cases = [(f"\\boxed{{{boxed}}}", answer, score) for boxed, answer, score in BOXED] + WHOLE
-    with Grader() as grader:
-        ours = [score for score, _ in grader([case[0] for case in cases], [case[1] for case in cases])]
-    theirs = [as_it_comes(*case[:2]) for case in cases]
+    scores = []
+    for name in ("answer", "math-verify"):
+        with Grader(REWARDS[name]) as grader:
+            scores.append([int(score) for score, _ in grader(*zip(*[case[:2] for case in cases]))])
+    ours, theirs = scores
     print("want ours theirs")
     for (response, answer, score), a, b in zip(cases, ours, theirs):
         if not a == b == score:
-            print(f"{score:4d} {a:4.0f} {b:6.0f}  {response[:60]!r} for {answer[:40]!r}")
-    agree = [sum(found == case[2] for found, case in zip(scores, cases)) for scores in (ours, theirs)]
+            print(f"{score:4d} {a:4d} {b:6d}  {response[:60]!r} for {answer[:40]!r}")
+    agree = [sum(found == case[2] for found, case in zip(found_by, cases)) for found_by in scores]
     print(f"of {len(cases)}: the grader agrees in {agree[0]}, Math-Verify as it comes in {agree[1]}")
-
-
-def as_it_comes(response: str, answer: str) -> float:
-    """Math-Verify's score with its defaults, the reference in dollars, as its documentation has it; 0 after 10 s."""
-    from math_verify import parse, verify
-
-    def judge() -> None:
-        gold, found = (parse(text, parsing_timeout=None) for text in (f"${answer}$", response))
-        os._exit(verify(gold, found, timeout_seconds=None))
-
-    process = multiprocessing.Process(target=judge)
-    process.start()
-    process.join(10)
-    process.kill()
-    return float(process.exitcode == 1)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,58 @@
 import time
 from multiprocessing import Pool
 
+import json
+import re
+
 import pytest
+from answer_kinds import KINDS
 from conftest import SHARED
 from odd_answers import BOXED, DIFFERS, WHOLE
 
-from answers import equivalent
 from data import load_problems
+from equality import equivalent
+from grader import REWARDS, Grader
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_that_are_hard_to_compare(kind):
+    """The same judgement both ways, by the very function: no shortcut for equal texts."""
+    for one, other, score in KINDS[kind]:
+        assert [equivalent(one, other), equivalent(other, one)] == [bool(score)] * 2, (one, other)
+
+
+def test_answers_seen_elsewhere(grader):
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not here")
+    rows = [json.loads(line) for line in (SHARED / "answers_seen_elsewhere.jsonl").read_text().splitlines()]
+    found = grader([row["response"] for row in rows], [row["answer"] for row in rows])
+    assert [row["response"] for row, (given, _) in zip(rows, found) if given != row["expected"]] == []
+
+
+@pytest.mark.parametrize("mark", ["proof", "Proof", "notfound"])
+def test_a_data_set_s_mark_for_no_answer_is_never_given(grader, mark):
+    responses = [f"\\boxed{{{mark}}}", f"\\boxed{{\\text{{{mark}}}}}"]
+    assert grader(responses, [mark] * 2) == [(False, False)] * 2
+
+
+@pytest.mark.parametrize("name", ["math500", "gsm8k_test"])
+def test_no_digit_of_a_reference_can_be_changed(name):
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not here")
+    accepted = []
+    for answer in {problem.answer for problem in load_problems(str(SHARED / f"{name}.jsonl"))}:
+        for digit in re.finditer(r"\d", answer):
+            changed = f"{answer[: digit.start()]}{(int(digit[0]) + 1) % 10}{answer[digit.end() :]}"
+            accepted += [(changed, answer)] * equivalent(changed, answer)
+    assert accepted == []
+
+
+def test_math_verify_as_it_comes_is_another_reward():
+    """It reads a response without a box, and e-notation not at all."""
+    responses, answers = ["The answer is $18$.", "\\boxed{0.001}", "\\boxed{18}"], ["18", "1e-3", "18"]
+    for name, verdicts in (("math-verify", [True, False, True]), ("answer", [False, True, True])):
+        with Grader(REWARDS[name], workers=1) as grader:
+            assert grader(responses, answers) == [(verdict, False) for verdict in verdicts]
 
 @pytest.mark.slow
 def test_odd_answers_get_a_mathematician_s_score(grader):

@@ -120,7 +120,7 @@ def test_what_is_saved_and_shown(straight):
     assert protocol == json.loads((out / "protocol.json").read_text())
     assert (protocol["model"], protocol["revision"], protocol["sampler"]) == (str(TOY), None, "HfSampler")
     assert (protocol["temperature"], protocol["samples"], protocol["seed"]) == (1.0, 4, 0)
-    assert protocol["grader"].startswith("math-verify ") and len(protocol["template"]) == len(protocol["weights"]) == 12
+    assert protocol["grader"].startswith("answer, math-verify ") and len(protocol["template"]) == len(protocol["weights"]) == 12
     mean, error, sampling = figures["avg@4"].values()
     assert f"| eval | 40 | {mean:.4g} ± {error:.2g} ({sampling:.2g}) |" in shown and "seed: 0" in shown
     assert sampling < error

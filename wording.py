@@ -1,0 +1,183 @@
+"""How answers are written: the many ways to typeset one, multiple choices, words, units.
+
+    tidy("\\textbf{(C)}\\ 18\\text{ cm}^2")     # "(C) 18 cm ^2"
+    split_choice("(C) 18 cm ^2")              # ("C", "18 cm ^2")
+    split_unit("18 cm ^2")                    # ("18", "cm2")
+"""
+
+import re
+import unicodedata
+
+SYMBOLS = {  # what models and data sets write in Unicode
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ",
+    "°": r"^\circ ", "℃": r"^\circ C", "²": "^2", "³": "^3", "½": r"\frac12 ", "√": r"\sqrt ",
+    "£": r"\pounds ", "€": r"\euro ", "¥": r"\yen ", "、": ",", "。": ".",
+}
+END = r"(?![a-zA-Z])"  # of a command: \le, but not \left
+LOOKS = {  # what only changes how an answer looks
+    r"(?<!\\)\\[()\[\]]|(?<!\\)\$|\*\*": " ",  # around a formula; around bold text in Markdown
+    rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|[lL]arge|LARGE|[hH]uge){END}\s*": "",
+    r"\\(?:text)?color\s*\{[^{}]*\}": "",
+    r"\\!\s*": "",
+    r"\b([apAP])\.?[mM]\b\.?": r"\1m",
+    r"(?<![a-zA-Z])\{\s*([,:])\s*\}": r"\1",
+    rf"(?<!\\)\\[,;: ]|~|\\q?quad{END}|\s+": " ",
+    r"\\[dtc]frac": r"\\frac",
+    rf"\\(?:leqslant|leq|le){END}|<=": r"\\le ",
+    rf"\\(?:geqslant|geq|ge){END}|>=": r"\\ge ",
+    rf"\\neq?{END}|!=": r"\\ne ",
+    r"\\\{\s*\\\}|\\varnothing": r"\\emptyset ",
+}
+FONT = rf"\\(?:text|math|boldsymbol|bm|mbox|emph|underline)(?:bf|it|rm|normal|sf|tt)?{END}\s*"
+SCALES = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}",
+          "trillion": "10^{12}", "dozen": "12"}
+
+
+def tidy(text: str) -> str:
+    """The answer, written in one of the ways that look alike or mean the same."""
+    wide = {c: unicodedata.normalize("NFKC", c) for c in text if "\uff01" <= c <= "\uff5e"}
+    text = "".join(SYMBOLS.get(c) or wide.get(c, c) for c in text)
+    for pattern, replacement in LOOKS.items():
+        text = re.sub(pattern, replacement, text)
+    while (plain := re.sub(FONT + r"\{([^{}]*)\}", _plain_text, text)) != text:
+        text = plain
+    text = re.sub(FONT + r"(?=\{)", "", text)  # around a formula with braces of its own
+    text = _tidy_numbers(text)
+    text = re.sub(r"\s*:\s*", ":", re.sub(r"[\s.,;:\\]+$", "", text))
+    text = re.sub(r"\s+", " ", text).strip()
+    while text.startswith("{") and _closing_brace(text) == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
+
+
+def _plain_text(match: re.Match) -> str:
+    r"""The content of a \text{...}. After a number, a letter in it is a unit: 5\text{ m/s}."""
+    content, before = match[1], match.string[: match.start()].rstrip()
+    if re.search(r"[\d})/]$", before):
+        content = re.sub(r"\b[a-zA-Z]{1,2}\b", lambda letter: UNITS.get(letter[0], letter[0]), content)
+    return f" {content} "
+
+
+def _tidy_numbers(text: str) -> str:
+    r"""50\%, 90^\circ, 5 million, 0.\dot{3} and 0.\overline{3} as words and formulas."""
+    text = re.sub(r"\\?%", " percent ", text)
+    text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", " degree ", text)
+    text = re.sub(r"degrees?\s+C(elsius)?\b", " celsius ", text, flags=re.IGNORECASE)
+    text = re.sub(r"degrees?\s+F(ahrenheit)?\b", " fahrenheit ", text, flags=re.IGNORECASE)
+    text = re.sub(rf"(?<=[\d}}])\s*({'|'.join(SCALES)})s?\b",
+                  lambda match: rf" \times {SCALES[match[1].lower()]} ", text, flags=re.IGNORECASE)
+    text = re.sub(r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?",
+                  lambda match: rf"\overline{{{''.join(filter(None, match.groups()))}}}", text)
+    return re.sub(r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", _repeating_decimal, text)
+
+
+def _repeating_decimal(match: re.Match) -> str:
+    r"""0.1\overline{6} is (16 - 1) / 90."""
+    integer, fixed, repeated = match.groups()
+    numerator = int(integer + fixed + repeated) - int(integer + fixed or 0)
+    return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
+
+
+def _closing_brace(text: str) -> int:
+    """Where the brace closes that opens the text; -1 if it does not."""
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", text):
+        depth += {"{": 1, "}": -1}.get(token.group(), 0)
+        if depth == 0:
+            return token.start()
+    return -1
+
+
+def with_thousands(text: str) -> str:
+    """The answer, with 1,234 and 1 234 read as one number."""
+    number = r"(?<![\d.,])\d{1,3}(?:[ ,]\d{3})+(?![\d,])"
+    return re.sub(number, lambda match: re.sub("[ ,]", "", match.group()), text)
+
+
+def split_choice(text: str) -> tuple[str, str]:
+    """(letter, text) of a multiple choice: "(C) 8", "C. 8", "(C)", "C"; ("", text) of the rest."""
+    text = re.sub(r"^(?:option|choice|answer)\b\s*:?\s*", "", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"(?:\(\s*([A-J])\s*\)|([A-J])[.)]|([A-J])$)\s*:?\s*(.*)", text)
+    return (match[1] or match[2] or match[3], match[4]) if match else ("", text)
+
+
+# --- words and units ---------------------------------------------------------------------------
+UNITS = {spelling: line.split()[0] for line in """
+    metre m meter 米 | cm centimetre centimeter 厘米 | mm millimetre millimeter 毫米
+    km kilometre kilometer 千米 公里 | inch in inches | foot ft feet | yard yd | mile mi
+    gram g 克 | kg kilogram 千克 公斤 | mg milligram | pound lb | ounce oz | litre l L liter 升
+    ml millilitre milliliter 毫升 | second s sec 秒 | minute min 分钟 | hour h hr 小时 | day 天
+    year yr 年 | degree deg 度 | radian rad | celsius | fahrenheit | percent pct percentage
+    newton N | joule J | watt W | volt V | kelvin K | hertz hz | pascal pa | nm nanometer
+    kj | ev | kw | khz | mhz | ghz
+    dollar usd 美元 | cent | euro eur | gbp | yuan rmb 元 | am | pm | mph
+""".replace("\n", "|").split("|") for spelling in line.split()}
+CURRENCIES = {r"\$": "dollar", r"\euro": "euro", r"\pounds": "gbp", r"\yen": "yuan"}
+CLOCK = ("am", "pm")
+NUMBER_WORDS = """
+    squared cubed factorial half halves third thirds quarter quarters fourth fourths fifth fifths
+    tenth tenths hundredths thousandths times plus minus over divided choose mod base remainder
+    more less not zero one two three four five six seven eight nine ten eleven twelve twenty point
+    abc sin cos tan log exp gcd lcm arg det dim
+""".split()  # after a number they change it
+
+# Words have three letters or more, or are "no", or stand in this table; "in" is no unit by itself.
+SHORT_UNITS = "|".join(unit for unit in UNITS if len(unit) > 1 and unit != "in" and unit.isascii())
+WORD = (rf"(?<![\\a-zA-Z_{{])(?:{SHORT_UNITS}|sq)s?{END}"
+        r"|(?<![\\\w{^])(?:[a-zA-Z]{3,}|no\b)|[\u4e00-\u9fff]+")
+POWER = r"\s*\^\s*\{?\s*-?[1-3]\s*\}?|(?<=[a-zA-Z])[23]"
+UNIT = rf"(?:{WORD}|/\s*[a-zA-Z]{END}|{POWER}|[\s/.()])+"
+
+
+def split_unit(text: str) -> tuple[str | None, str]:
+    r"""(formula, unit): `18 cm ^2` is ("18", "cm2"), `\$18` ("18", "dollar"), `18` ("18", "").
+
+    Words that are no unit of a number are no formula: (None, "").
+    """
+    for sign, unit in CURRENCIES.items():
+        if sign in text:
+            return text.replace(sign, "", 1).strip(), unit
+    if match := re.fullmatch(r"(\d+)\s*_\s*\{?\s*(\d+)\s*\}?", text):
+        return match[1], f"base {match[2]}"
+    first = re.search(WORD, text, re.IGNORECASE)
+    if first is None:
+        return text, ""
+    formula, tail = text[: first.start()].rstrip(" ("), text[first.start() :]
+    found = re.findall(WORD, tail, re.IGNORECASE)
+    if (re.fullmatch(UNIT, tail, re.IGNORECASE) and all(map(_may_be_unit, found))
+            and re.search(r"\d|\\[a-zA-Z]", formula)):
+        return formula, _unit_name(tail)
+    return (text, "") if re.search(r"[+*=^_|\\]", text) else (None, "")
+
+
+def _may_be_unit(word: str) -> bool:
+    """Whether a word after a number says what is counted. One without a vowel may be variables."""
+    word = word.lower()
+    is_known = _singular(word) in UNITS or word == "sq" or not word.isascii()
+    return is_known or word not in NUMBER_WORDS and bool(re.search("[aeiou]", word))
+
+
+def _singular(word: str) -> str:
+    return word if word in UNITS else word.removesuffix("s")
+
+
+def _unit_name(tail: str) -> str:
+    """One name for all spellings of a unit: "inch2" for "square inches" and "in^2"."""
+    names, power = [], ""
+    for token in re.findall(r"-?\d|/|[^\W\d_]+", tail.replace(" per ", "/")):
+        word = _singular(token.lower())
+        if token[-1].isdigit():
+            names[-1:] = [name + token for name in names[-1:]]
+        elif word in ("square", "sq", "cubic"):
+            power = "3" if word == "cubic" else "2"
+        elif word != "unit":
+            names.append(UNITS.get(word, word) + power)
+            power = ""
+    return " ".join(names)
+
+
+def words(text: str) -> str:
+    """A text to be compared, case and punctuation aside."""
+    text = re.sub(r"[.,;:!?'\"](?!\d)|(?<=[a-z])-(?=[a-z])", " ", text.lower())
+    return " ".join(text.split())
