@@ -2,6 +2,7 @@
 
     OUT/args.json              flags and versions
     OUT/log.jsonl              a line for each step, cut back to the checkpoint on --resume
+    OUT/samples.jsonl          likewise, the samples of some prompts of each step
     OUT/checkpoints/step-N/    model and tokenizer for from_pretrained, optimizer.pt, state.json
 
 A checkpoint is there whole or not at all. All functions are called on every rank, unless they say
@@ -24,12 +25,12 @@ import torch
 import torch.distributed.checkpoint.state_dict as state_dicts
 from safetensors import SafetensorError
 
-from data import Problem, compare_problems
-from run import InputError, RunError, append_rows, of_rank0, on_rank0, positive_int, print0
-from run import read_json, write_json
+from data import Problem, Sample, compare_problems, sample_rows
+from run import InputError, RunError, append_rows, number, of_rank0, on_rank0, positive_int
+from run import print0, read_json, write_json
 
 FORMAT = 2  # of a run's folder. A change of RunState, or of what a flag means, needs another one
-LEFT_BY_A_RUN = ("args.json", "log.jsonl", "checkpoints")
+LEFT_BY_A_RUN = ("args.json", "log.jsonl", "samples.jsonl", "checkpoints")
 CHECKPOINT = "step-" + 6 * "[0-9]"  # other names beside these are somebody else's
 # What the log counts from the start of the run; all other metrics are of one step.
 TOTALS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures")
@@ -47,6 +48,8 @@ def add_folder_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any")
     add("--save-every", type=positive_int, default=10, help="steps; the last is always saved")
     add("--keep", type=positive_int, default=2, help="checkpoints kept")
+    add("--keep-samples", type=number(int, low=0), default=16,
+        help="prompts of each step whose samples are kept, in samples.jsonl")
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -69,6 +72,7 @@ class RunState:
     last_solved: int = 0  # the last step that had a right sample
     not_finite: int = 0  # updates in a row, until now, whose gradient was not finite
     log_bytes: int = 0  # the length of log.jsonl
+    samples_bytes: int = 0  # the length of samples.jsonl
 
     @contextmanager
     def timer(self, phase: str):
@@ -124,9 +128,9 @@ def claim_folder(out: Path, left_by_a_run: tuple[str, ...], resume: bool):
     return on_rank0(lock_folder) or nullcontext()
 
 
-def start_log(out: Path, args: argparse.Namespace, log_bytes: int) -> None:
-    """On rank 0: record flags and versions in args.json; cut the log to the checkpoint's length."""
-    record, log = out / "args.json", out / "log.jsonl"
+def start_log(out: Path, args: argparse.Namespace, state: RunState) -> None:
+    """On rank 0: record flags and versions in args.json; cut what is logged to the checkpoint's."""
+    record = out / "args.json"
     if record.exists():
         before = read_json(record, "flags") | {"resume": args.resume}
         changed = [name for name, value in vars(args).items() if value != before.get(name)]
@@ -134,8 +138,9 @@ def start_log(out: Path, args: argparse.Namespace, log_bytes: int) -> None:
             print0(f"warning: resumed with other values of {', '.join(changed)} than before")
     versions = {found.name: found.version for found in importlib.metadata.distributions()}
     write_json(record, {"format": FORMAT, "flags": vars(args), "versions": versions})
-    with log.open("ab") as file:
-        file.truncate(min(log_bytes, file.tell()))
+    for name, length in (("log.jsonl", state.log_bytes), ("samples.jsonl", state.samples_bytes)):
+        if (out / name).exists():
+            os.truncate(out / name, min(length, (out / name).stat().st_size))
 
 
 def write_log(out: Path, state: RunState, metrics: dict) -> None:
@@ -148,6 +153,16 @@ def write_log(out: Path, state: RunState, metrics: dict) -> None:
     line = {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
     state.log_bytes = append_rows(out / "log.jsonl", [line])
     print0("  ".join(f"{name} {line[name]:.4g}" for name in SHOWN if line.get(name) is not None))
+
+
+def write_samples(out: Path, state: RunState, problems: list[Problem],
+                  samples: list[Sample]) -> None:
+    """On rank 0: append the samples of these problems to samples.jsonl, rows as eval.py's."""
+    ids = {problem.id for problem in problems}
+    rows = sample_rows([sample for sample in samples if sample.problem in ids], problems)
+    if rows:
+        rows = [{"step": state.step} | row for row in rows]
+        state.samples_bytes = append_rows(out / "samples.jsonl", rows)
 
 
 # --- checkpoints -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from batches import add_memory_flags, collate, distribute, fill_logprobs, gather
 from batches import micro_batches_here, per_token
 from checkpoint import LEFT_BY_A_RUN, RunState, add_folder_flags, claim_folder, load_optimizer
 from checkpoint import newest_checkpoint, note_problems, run_folder, save_checkpoint, start_log
-from checkpoint import watch_divergence, write_log
+from checkpoint import watch_divergence, write_log, write_samples
 from data import BENCHMARKS, Problem, Sample, add_data_flags, load_prompts, prompts_looked_at
 from eval import add_evaluation_flags, evaluate
 from grader import REWARDS, Grader, add_reward_flags
@@ -68,7 +68,7 @@ def train(args: argparse.Namespace) -> None:
         source = SampleSource(policy, sampler, grader, args, smallest_group, stop, state.timer)
         accuracy = partial(evaluate, sampler, grader, eval_problems, args, state.timer)
         save = partial(save_checkpoint, out, state, policy.model, optimizer, tokenizer, args.keep)
-        run.on_rank0(start_log, out, args, state.log_bytes)
+        run.on_rank0(start_log, out, args, state)
         if state.step < 0:  # a fresh run: step 0 is the model as it is
             state.step = 0
             run.on_rank0(write_log, out, state, {} if stop.on_any_rank() else accuracy())
@@ -88,10 +88,11 @@ def train(args: argparse.Namespace) -> None:
                     metrics |= train_step(learner, optimizer, updates, args)
                 state.step = step
 
-                # The accuracy on other problems; a line of the log; a checkpoint.
+                # The accuracy on other problems; what is logged of the step; a checkpoint.
                 if (step % args.eval_every == 0 or step == args.steps) and not stop.on_any_rank():
                     metrics |= accuracy()
                 run.on_rank0(write_log, out, state, metrics)
+                run.on_rank0(write_samples, out, state, batch[: args.keep_samples], samples)
                 run.on_every_rank(watch_divergence, state, metrics)
                 if step % args.save_every == 0:
                     with state.timer("save"):

@@ -55,7 +55,7 @@ def _plain_text(match: re.Match) -> str:
     r"""The content of a \text{...}. After a number, a letter in it is a unit: 5\text{ m/s}."""
     content, before = match[1], match.string[: match.start()].rstrip()
     if re.search(r"[\d})/]$", before):
-        content = re.sub(r"\b[a-zA-Z]{1,2}\b", lambda letter: UNITS.get(letter[0], letter[0]), content)
+        content = re.sub(r"\b[a-zA-Z]{1,2}\b", lambda unit: UNITS.get(unit[0], unit[0]), content)
     return f" {content} "
 
 

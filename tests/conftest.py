@@ -183,9 +183,12 @@ def check_killed_and_resumed(script: str, words: list, straight: Path, out: Path
     assert not (out / "checkpoints" / "step-000004").exists()
     with (out / "log.jsonl").open("a") as log:
         log.write('{"step": 3, "sam')  # a line cut short
+    with (out / "samples.jsonl").open("a") as samples:
+        samples.write('{"step": 3, "pro')
     done = run_script(script, *words, "--resume", ranks=ranks)
     assert "step 0 " not in done.stdout  # it went on, and did not start afresh
     assert read_log(out) == read_log(straight)
+    assert (out / "samples.jsonl").read_text() == (straight / "samples.jsonl").read_text()
     resumed, expected = parameters(out, 4), parameters(straight, 4)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000004"]  # --keep 1

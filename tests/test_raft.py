@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from argparse import Namespace
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -306,6 +307,21 @@ def test_the_log_counts_everything(straight, toy):
     assert one[0]["eval_accuracy"] == two[0]["eval_accuracy"]
     checkpoint = straight("predicted") / "checkpoints" / "step-000004"
     assert AutoTokenizer.from_pretrained(checkpoint).chat_template and AutoTokenizer.from_pretrained(toy)
+
+
+@pytest.mark.parametrize(("kept", "prompts"), [(2, 2), (0, 0), (1000, 8)])
+def test_samples_of_some_prompts_are_kept(device, tmp_path, kept, prompts):
+    """All samples of these prompts, with the step, the reference and the score."""
+    train(flags(*SMALL, "--keep-samples", kept, "--out", tmp_path / "run"))
+    path = tmp_path / "run" / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if kept else []
+    assert path.exists() == (kept > 0)
+    groups = Counter((row["step"], row["problem"]) for row in rows)
+    assert Counter(step for step, _ in groups) == ({step: prompts for step in (1, 2, 3, 4)} if kept else {})
+    if kept == 1000:  # all of a step
+        scores = np.mean([row["score"] for row in rows if row["step"] == 4])
+        assert scores == read_log(tmp_path / "run")[4]["accept_rate"]
+    assert all((row["answer"] == row["reference"]) == row["score"] for row in rows)
 
 
 @pytest.mark.parametrize("ranks", [1, slow(2)])

@@ -5,15 +5,19 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL, read_log, run_script
 
+import grader as grader_module
 import grpo
 import gvm
 import losses
 import raft
+from data import Sample
+from grader import Grader, Reward
 from losses import OBJECTIVES, Objective
 from run import InputError
 
@@ -31,10 +35,34 @@ def test_a_rule_and_a_loss_in_a_file_of_one_s_own(tmp_path):
     """As it is shown, beside raft.py."""
     script = tmp_path / "mine.py"
     script.write_text(block_with('RULES["middle"]'))
-    run_script(script, *ONE_STEP, "--allocator", "middle", "--loss", "cispo", "--out", tmp_path / "run")
+    run_script(script, *ONE_STEP, "--allocator", "middle", "--loss", "cispo", "--reward", "brief", "--out",
+               tmp_path / "run")
     assert read_log(tmp_path / "run")[1]["samples"] == 32 and read_log(tmp_path / "run")[1]["updates"] == 2
     flags = json.loads((tmp_path / "run" / "args.json").read_text())["flags"]
-    assert (flags["allocator"], flags["loss"]) == ("middle", "cispo")
+    assert (flags["allocator"], flags["loss"], flags["reward"]) == ("middle", "cispo", "brief")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    right = [row for row in rows if row["answer"] == row["reference"]]
+    assert all(row["score"] == (row["tokens"] <= 20) for row in right)
+    assert {row["score"] for row in right} == {0.0, 1.0}
+
+
+def test_a_log_goes_to_a_tracker(tmp_path, monkeypatch):
+    """Its lines, one after the other, as they are in the file."""
+    lines = []
+    tracker = SimpleNamespace(init=lambda project: SimpleNamespace(log=lines.append))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "raft-gvm-0").mkdir(parents=True)
+    (tmp_path / "runs" / "raft-gvm-0" / "log.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": null}\n')
+    exec(block_with("wandb"), {"wandb": tracker, "json": json})
+    assert lines == [{"step": 0}, {"step": 1, "loss": None}]
+
+
+@pytest.mark.parametrize("given", [0.5, 2, None])
+def test_a_reward_is_0_or_1(given):
+    sample = Sample(0, 0, [1], np.zeros(1, np.int32), True, "\\boxed{1}")
+    with Grader(Reward(lambda sample, is_equal: given)) as grader:
+        with pytest.raises(InputError, match=f"--reward: gave {given} to a sample; it must be 0 or 1"):
+            grader.grade([sample], ["1"])
 
 
 @pytest.mark.parametrize(("mark", "script", "show_help"), [
@@ -77,6 +105,7 @@ def mine(monkeypatch):
     """The README's file imported; what it adds is undone by the test."""
     monkeypatch.setitem(gvm.RULES, "middle", None)
     monkeypatch.setitem(losses.LOSSES, "cispo", None)
+    monkeypatch.setitem(grader_module.REWARDS, "brief", None)
     exec(compile(block_with('RULES["middle"]'), "README.md", "exec"), {"__name__": "mine"})
 
 
