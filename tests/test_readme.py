@@ -42,7 +42,7 @@ def test_a_rule_and_a_loss_in_a_file_of_one_s_own(tmp_path):
     assert (flags["allocator"], flags["loss"], flags["reward"]) == ("middle", "cispo", "brief")
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     right = [row for row in rows if row["answer"] == row["reference"]]
-    assert all(row["score"] == (row["tokens"] <= 20) for row in right)
+    assert all(row["score"] == (row["tokens"] <= 13) for row in right)
     assert {row["score"] for row in right} == {0.0, 1.0}
 
 
