@@ -37,7 +37,8 @@ def test_a_rule_and_a_loss_in_a_file_of_one_s_own(tmp_path):
     script.write_text(block_with('RULES["middle"]'))
     run_script(script, *ONE_STEP, "--allocator", "middle", "--loss", "cispo", "--reward", "brief", "--out",
                tmp_path / "run")
-    assert read_log(tmp_path / "run")[1]["samples"] == 32 and read_log(tmp_path / "run")[1]["updates"] == 2
+    line = read_log(tmp_path / "run")[1]
+    assert line["samples"] == 32 and line["updates"] >= 1 and line["updates"] + line["updates_empty"] == 2
     flags = json.loads((tmp_path / "run" / "args.json").read_text())["flags"]
     assert (flags["allocator"], flags["loss"], flags["reward"]) == ("middle", "cispo", "brief")
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
