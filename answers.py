@@ -8,8 +8,10 @@ import re
 
 import numpy as np
 
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")  # "1,234", but not "3, 5" or "(1,2)"
 # How data sets write that there is none. Not "none", which answers "which of these are prime?".
 NO_ANSWER = ("proof", "notfound", "not found", "n/a", "nan", "null")
+WORD = re.compile(r"(?<!\\)\b(?!(?:and|or)\b)[^\W\d_]{2,}")  # see solution_answer; not \frac
 # What may stand between boxes that are one answer: "\boxed{2} and $\boxed{3}$".
 BETWEEN_BOXES = re.compile(r"(?:[\s,;$~{}]|and\b|or\b|\\(?:text|mathrm|q?quad|[,;:! \\()\[\]]))*")
 
@@ -35,8 +37,9 @@ def extract_boxed(text: str) -> str | None:
 def reference_answer(value) -> str:
     """What belongs in the box, from what real files hold; "" if there is nothing.
 
-    `... #### 1,234` (GSM8K) -> "1234"; a solution -> the content of its last box; 27.0 or "27.0"
-    (AMC) -> "27"; "$x$, $y$" -> "x, y"; ["$2$", "$3$"] (OlympiadBench) -> "2, 3".
+    A solution -> the content of its last box; `... #### 1,234` (GSM8K) -> "1234", by the line of
+    the mark alone; 27.0 or "27.0" (AMC) -> "27"; "$x$, $y$" -> "x, y"; ["$2$", "$3$"]
+    (OlympiadBench) -> "2, 3"; "proof" (NuminaMath) -> "".
     """
     if isinstance(value, (list, tuple)):
         return ", ".join(filter(None, map(reference_answer, value)))
@@ -45,9 +48,28 @@ def reference_answer(value) -> str:
     if isinstance(value, float):
         value = np.format_float_positional(value, trim="-")  # not 1e+16
     text = str(value).strip()
-    if "####" in text:
-        return text.rpartition("####")[2].strip().replace(",", "").removeprefix("$")
-    if (boxed := extract_boxed(text)) is not None:
+    if (boxed := extract_boxed(text)) is not None:  # first: "####" may be a heading before it
         return boxed
+    _, mark, line = text.rpartition("####")  # without a mark, all of the text
+    text = line.partition("\n")[0] if mark else text
     text = re.sub(r"(?<!\\)\$", "", text).strip()  # dollars around math, not \$
+    if mark and THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    if text.lower() in NO_ANSWER:
+        return ""
     return re.sub(r"^([-+]?\d+)\.0+$", r"\1", text)
+
+
+def solution_answer(value) -> str:
+    """As reference_answer, for a column of solutions; "" for a text that does not say its answer.
+
+    It does so in a box, by a mark, or if it is a bare answer, `42` or `$\\frac12$`: one line of at
+    most 100 characters with at most one word, and none if it ends in a full stop. (A word has two
+    letters or more; "and" and "or" do not count.)
+    """
+    answer = reference_answer(value)
+    if extract_boxed(str(value)) is not None:
+        return answer
+    words, most_words = len(WORD.findall(answer)), 0 if answer.endswith(".") else 1
+    is_bare = "\n" not in answer and len(answer) <= 100 and words <= most_words
+    return answer if is_bare else ""

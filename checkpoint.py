@@ -29,7 +29,7 @@ from data import Problem, Sample, compare_problems, sample_rows
 from run import InputError, RunError, append_rows, number, of_rank0, on_rank0, positive_int
 from run import print0, read_json, write_json
 
-FORMAT = 2  # of a run's folder. A change of RunState, or of what a flag means, needs another one
+FORMAT = 3  # of a run's folder. A change of RunState, or of what a flag means, needs another one
 LEFT_BY_A_RUN = ("args.json", "log.jsonl", "samples.jsonl", "checkpoints")
 CHECKPOINT = "step-" + 6 * "[0-9]"  # other names beside these are somebody else's
 # What the log counts from the start of the run; all other metrics are of one step.

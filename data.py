@@ -9,12 +9,13 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-from answers import extract_boxed, reference_answer
-from run import InputError, of_rank0, on_every_rank, print0
+from answers import extract_boxed, reference_answer, solution_answer
+from run import InputError, of_rank0, on_every_rank, print0, refuse_pipe
 
 TOY = Path(__file__).resolve().parent / "tests" / "toy"  # the model and problems used by default
 
@@ -32,7 +33,9 @@ BENCHMARKS = {  # hub data set:config:split
 TRAINING, EVALUATION, ORDER = 0, 1, 2  # what random numbers are for: a part of their seed
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # "\\ud800" in JSON, which cannot be encoded
 
-# The prompt, as published.
+# The prompt, as published. Templates that tell the date get this one, the default of Llama 3's: by
+# today's, a run that goes on tomorrow would have other prompts.
+PROMPT_DATE = date(2024, 7, 26)
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 PLAIN_TEMPLATE = (  # for base models, whose tokenizer has no chat template
@@ -101,9 +104,17 @@ def sample_rows(samples: list[Sample], problems: list[Problem]) -> list[dict]:
 def load_problems(spec: str, split: str = "train", limit: int | None = None) -> list[Problem]:
     """Problems of a benchmark (by name), a local file, or a hub data set name[:config[:split]].
 
-    split: for hub data sets that name none. limit: keep the first rows only. Answers are reduced by
-    `reference_answer`. Raises InputError naming the file, the row (from 1) and the columns found.
+    split: for hub data sets that name none. limit: keep the first rows only. Raises InputError
+    naming the file, the row (from 1) and the columns found.
     """
+    problems, faults = _readable_rows(spec, split, limit)
+    if faults:
+        raise InputError(f"{spec}: {faults[0]}")
+    return problems
+
+
+def _readable_rows(spec: str, split: str, limit: int | None) -> tuple[list[Problem], list[str]]:
+    """Problems, whose ids are their rows from 0; and what is wrong with each of the other rows."""
     rows = read_rows(Path(spec)) if spec.endswith(LOCAL_SUFFIXES) else _read_hub(spec, split)
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{spec}: must hold rows, each an object with a question and an answer")
@@ -113,22 +124,28 @@ def load_problems(spec: str, split: str = "train", limit: int | None = None) -> 
             raise InputError(f"{spec}: has columns {list(found)}; needs one of {wanted}")
     question_column = next(name for name in QUESTION_COLUMNS if name in found)
     answer_column = next(name for name in ANSWER_COLUMNS if name in found)
-    problems = []
+    reduce = solution_answer if answer_column == "solution" else reference_answer
+    problems, faults = [], []
     for i, row in enumerate(rows[:limit]):
-        question, answer = row.get(question_column), reference_answer(row.get(answer_column))
-        if answer_column == "solution" and answer == str(row.get("solution")).strip():
-            answer = ""  # a solution without a box: there is no telling its answer
-        for column, text in [(question_column, question), (answer_column, answer)]:
-            if not isinstance(text, str) or not text.strip() or HALF_CHARACTER.search(text):
-                reason = f"has nothing readable in '{column}'; its columns: {list(row)}"
-                raise InputError(f"{spec}: row {i + 1} {reason}")
-        problems.append(Problem(i, question.strip(), answer))
-    return problems
+        texts = {question_column: row.get(question_column),
+                 answer_column: reduce(row.get(answer_column))}
+        unreadable = [name for name, text in texts.items() if not isinstance(text, str)
+                      or not text.strip() or HALF_CHARACTER.search(text)]
+        if unreadable:
+            reason = f"has nothing readable in '{unreadable[0]}'; its columns: {list(row)}"
+            faults.append(f"row {i + 1} {reason}")
+        else:
+            problems.append(Problem(i, texts[question_column].strip(), texts[answer_column]))
+    return problems, faults
 
 
 def read_rows(path: Path) -> list:
-    """The rows of a local .jsonl, .json or .parquet file; InputError names the file and line."""
+    """The rows of a local .jsonl, .json or .parquet file; InputError names the file and line.
+
+    A .json file holds a list or an object; or JSON lines, if its first line is {...}.
+    """
     try:
+        refuse_pipe(path)
         content = path.read_bytes()
         if path.suffix == ".parquet":
             import pyarrow.parquet  # slow to import, and JSON files do without it
@@ -137,7 +154,8 @@ def read_rows(path: Path) -> list:
     except (OSError, ValueError) as error:  # pyarrow's errors are among them
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{path}: {reason.splitlines()[0].lower()}") from error
-    if path.suffix == ".json":
+    first = text.lstrip().partition("\n")[0].rstrip()
+    if path.suffix == ".json" and not (first.startswith("{") and first.endswith("}")):
         rows = _parse_json(text, path, first_line=1) if text.strip() else []
         return rows if isinstance(rows, list) else [rows]
     lines = enumerate(text.split("\n"), start=1)
@@ -167,13 +185,15 @@ def _read_hub(spec: str, split: str) -> list:
 
 # --- prompts ---------------------------------------------------------------------------------
 def encode_prompt(tokenizer, problem: Problem) -> list[int]:
-    """Token ids of the prompt, by the tokenizer's chat template or, without one, PLAIN_TEMPLATE."""
+    """Token ids of the prompt, by the tokenizer's chat template or, without one, PLAIN_TEMPLATE.
+    To a template, every day is PROMPT_DATE."""
     question = f"{problem.question}\n{INSTRUCTION}"
     messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
     template = tokenizer.chat_template or PLAIN_TEMPLATE
     try:
-        encoded = tokenizer.apply_chat_template(messages, chat_template=template,
-                                                add_generation_prompt=True)
+        encoded = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True,
+            strftime_now=PROMPT_DATE.strftime)  # in place of transformers' own, by the clock
         if encoded["input_ids"]:
             return encoded["input_ids"]
         reason = "the prompt is empty"
@@ -183,13 +203,26 @@ def encode_prompt(tokenizer, problem: Problem) -> list[int]:
                      "or delete it there: base models do without one")
 
 
-def load_prompts(spec: str, split: str, tokenizer, args, limit=None) -> list[Problem]:
-    """The problems of data sets, encoded; says how many are dropped, over --max-prompt-tokens."""
-    problems, most = [], args.max_prompt_tokens
+def load_prompts(spec: str, split: str, tokenizer, args, limit=None, *,
+                 training: bool) -> list[Problem]:
+    """The problems of data sets, encoded, whose ids are rows of them all; says what is dropped.
+
+    Prompts over --max-prompt-tokens are dropped; and, in training, rows without a question or an
+    answer, up to half of a data set. In an evaluation, which would be another one without it, such
+    a row is an InputError.
+    """
+    problems, rows, most = [], 0, args.max_prompt_tokens
     for part in spec.split(","):
-        problems += load_problems(part, split, limit)
-    for i, problem in enumerate(problems):  # ids count over all parts
-        problems[i] = replace(problem, id=i, prompt_ids=encode_prompt(tokenizer, problem))
+        found, faults = _readable_rows(part, split, limit)
+        total = len(found) + len(faults)
+        allowed = total / 2 if training else 0
+        if len(faults) > allowed:
+            raise InputError(f"{part}: {faults[0]}; {len(faults)} of {total} rows: mend them")
+        if faults:
+            print0(f"{part}: dropped {len(faults)} of {total} rows, as {faults[0]}")
+        problems += [replace(problem, id=rows + problem.id) for problem in found]
+        rows += total
+    problems = [replace(p, prompt_ids=encode_prompt(tokenizer, p)) for p in problems]
     fitting = [problem for problem in problems if len(problem.prompt_ids) <= most]
     if not fitting:
         raise InputError(f"{spec}: every prompt is longer than --max-prompt-tokens {most}")
@@ -216,9 +249,13 @@ def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
 
 # --- the same problems as before, and on all ranks ---------------------------------------------
 def digest_problems(problems: list[Problem]) -> str:
-    """16 hex digits that change with any id, question or answer, so that a changed file is seen."""
-    rows = [(problem.id, problem.question, problem.answer) for problem in problems]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    """16 hex digits that change with any id, question, answer or prompt: with a changed file, and
+    with another template."""
+    found = hashlib.sha256()
+    for problem in problems:
+        row = (problem.id, problem.question, problem.answer, problem.prompt_ids)
+        found.update(json.dumps(row).encode())
+    return found.hexdigest()[:16]
 
 
 def compare_problems(known: dict[str, str], data: dict[str, list[Problem]]) -> dict[str, str]:
@@ -233,7 +270,8 @@ def compare_problems(known: dict[str, str], data: dict[str, list[Problem]]) -> d
                 raise InputError(f"{name}: holds other problems than on rank 0; copy it there")
             if digest != known.get(name, digest):
                 raise InputError(f"--resume: {name} held other problems at the checkpoint (or was "
-                                 "used with another --split, --max-prompt-tokens); restore it")
+                                 "used with another --split, --max-prompt-tokens, chat template); "
+                                 "restore it")
 
     on_every_rank(compare)
     return digests

@@ -16,6 +16,7 @@ import os
 import re
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from data import BENCHMARKS, EVALUATION, SYSTEM_PROMPT, TOY, Problem, Sample, co
 from data import encode_prompt, load_prompts, read_rows, sample_rows
 from grader import REWARDS, Grader, add_reward_flags
 from metrics import as_table, summarise
-from model import add_model_flags, load_model
+from model import add_model_flags, check_prompts, load_model
 from run import InputError, append_rows, join_ranks, non_negative, on_every_rank, on_rank0
 from run import parse_flags, positive_int, print0, read_json, run_script, share_out, write_json
 from sampler import add_sampler_flags, draw, make_sampler
@@ -177,9 +178,9 @@ def evaluate_benchmarks(args: argparse.Namespace, out: Path, grader, device) -> 
     if len(specs) < len(args.data.split(",")):
         raise InputError(f"--data {args.data}: two end alike, and would be one file; rename one")
     model, tokenizer = on_every_rank(load_model, args, device)
-    problems = {}
-    for name, spec in specs.items():
-        problems[name] = on_every_rank(load_prompts, spec, "test", tokenizer, args, args.limit)
+    load = partial(load_prompts, tokenizer=tokenizer, args=args, limit=args.limit, training=False)
+    problems = {name: on_every_rank(load, spec, "test") for name, spec in specs.items()}
+    on_every_rank(check_prompts, model, sum(problems.values(), []))
     digests = compare_problems({}, problems)
     sampler = make_sampler(model, tokenizer, args)
     protocol = describe_protocol(args, model, sampler) | {"problems": digests}

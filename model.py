@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as computed_again
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data import TOY, Problem, encode_prompt
-from run import InputError, number, positive_int, print0
+from run import InputError, number, positive_int, print0, refuse_pipe
 
 HEAD_BYTES = 1 << 30  # of the logits, (tokens, vocabulary) in fp32, that are held at once
 # Config entries by which models change their logits after the head (Gemma 2, Cohere, Granite).
@@ -40,11 +40,16 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
     Raises InputError if the model cannot be had whole, or cannot hold the prompts and responses.
     """
     source = checkpoint or args.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    try:  # without trust_remote_code=False, transformers would ask at the keyboard
+        for path in Path(source).glob("*"):
+            refuse_pipe(path)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True)
+            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     except Exception as error:  # there is no list of what a broken folder can raise
+        if "trust_remote_code=True" in str(error):  # transformers' advice
+            raise InputError(f"--model {source}: needs code of its own, which is never run here; "
+                             "choose a model that transformers knows") from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         known = "" if Path(source).is_dir() else "no such folder, nor a model of the hub; "
         raise InputError(f"--model {source}: cannot be loaded ({known}{reason}); give a folder or "
@@ -56,9 +61,11 @@ def load_model(args: argparse.Namespace, device: torch.device, checkpoint=None):
                          f"context of {context} tokens; lower one of them")
     found = model.generation_config.eos_token_id  # an int, a list or None
     end_ids = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id} - {None}
-    _check_tokenizer(source, tokenizer, end_ids, model.get_input_embeddings().num_embeddings)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = min(end_ids)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    _choose_template(source, tokenizer)
+    _check_tokenizer(source, tokenizer, end_ids, vocabulary)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
+        tokenizer.pad_token_id = min(end_ids)  # it is masked: any will do
     # Without top-k or penalties: samples come from the distribution that is trained.
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(end_ids), pad_token_id=tokenizer.pad_token_id)
@@ -86,10 +93,31 @@ def _check_tokenizer(source, tokenizer, end_ids: set[int], vocabulary: int) -> N
     if one == other:
         raise InputError(f"--model {source}: its tokenizer cannot tell questions apart; is "
                          "tokenizer.json missing?")
-    highest = max(*tokenizer.get_vocab().values(), *end_ids)
+    # A special token that the model lacks, as Gemma 3's for images, is no fault until it is used.
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    highest = max({*tokenizer.get_vocab().values()} - special | end_ids | {*one, *other})
     if highest >= vocabulary:
         raise InputError(f"--model {source}: its tokenizer has the id {highest}, but the model "
                          f"knows {vocabulary} tokens; they do not belong together")
+
+
+def check_prompts(model, problems: list[Problem]) -> None:
+    """InputError for a question with a special token that the model does not know."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for problem in problems:
+        if max(problem.prompt_ids) >= vocabulary:
+            raise InputError(f"--model: knows no token {max(problem.prompt_ids)}, which is in the "
+                             f"question '{problem.question[:60]}'; leave it out")
+
+
+def _choose_template(source, tokenizer) -> None:
+    """Of several chat templates the default one: prompts need no other, nor do checkpoints."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        if "default" not in templates:
+            raise InputError(f"--model {source}: has chat templates named {sorted(templates)}, and "
+                             "no default; rename one to default in the model's folder")
+        tokenizer.chat_template = templates["default"]
     if tokenizer.chat_template is None:
         print0(f"{source} has no chat template: prompts use a plain one")
 

@@ -31,7 +31,7 @@ from eval import add_evaluation_flags, evaluate
 from grader import REWARDS, Grader, add_reward_flags
 from gvm import SampleSource, add_budget_flags, e_step, settle_budget
 from losses import LOSSES, OBJECTIVES, add_loss_flags, kl_k3, loss_weights
-from model import Policy, add_model_flags, load_model, load_reference
+from model import Policy, add_model_flags, check_prompts, load_model, load_reference
 from sampler import add_sampler_flags, make_sampler
 
 
@@ -126,8 +126,9 @@ def load(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
     model, tokenizer = load_model(args, device, checkpoint)
     policy = Policy(model, args.temperature, args.gradient_checkpointing)
     reference = load_reference(args, device) if args.kl_coef > 0 else None
-    problems = load_prompts(args.data, args.split, tokenizer, args)
-    eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args)
+    problems = load_prompts(args.data, args.split, tokenizer, args, training=True)
+    eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args, training=False)
+    check_prompts(model, problems + eval_problems)
     most = len(problems)
     if not args.updates_per_step <= args.prompts_per_step <= prompts_looked_at(args) <= most:
         raise run.InputError("--prompts-per-step: from --updates-per-step to --candidates-per-step,"

@@ -1,4 +1,4 @@
-"""What any script needs, nothing of it special to GVM: errors, flags, ranks, signals, JSON."""
+"""What any script needs, nothing of it special to GVM: errors, flags, ranks, signals, files."""
 
 import argparse
 import atexit
@@ -38,7 +38,8 @@ def run_script(main) -> None:
     try:
         main()
     except (InputError, RunError) as error:
-        at_rank = f" on rank {os.environ['RANK']}" if int(os.environ.get("RANK", 0)) > 0 else ""
+        rank = os.environ.get("RANK", "0")  # as text: the error may be that it is no number
+        at_rank = f" on rank {rank}" if rank != "0" else ""
         words = str(error).split()  # one line, though a name in it may hold a line break
         print(f"{Path(sys.argv[0]).name}: error{at_rank}:", *words, file=sys.stderr)
         error.__traceback__ = error.__cause__ = None  # the line is enough for torchrun's report
@@ -99,12 +100,14 @@ non_negative = number(float, low=0)
 
 
 def parse_flags(argv: list[str] | None, docstring: str, *add_flags) -> argparse.Namespace:
-    """The flags that the functions `add_flags` declare; raises InputError for a wrong one."""
+    """The flags that the functions `add_flags` declare; raises InputError for a wrong one, and for
+    a wrong environment: nothing reads that before."""
+    check_environment()
     parser = argparse.ArgumentParser(description=docstring.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def complain(message: str):  # instead of printing the usage on every rank
-        if int(os.environ.get("RANK", 0)) > 0:
+        if int(os.environ.get("RANK", 0)) > 0:  # rank 0 says it
             sys.exit(2)
         raise InputError(f"{message} (see --help)")
 
@@ -115,17 +118,36 @@ def parse_flags(argv: list[str] | None, docstring: str, *add_flags) -> argparse.
 
 
 # --- ranks -----------------------------------------------------------------------------------
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+         "MASTER_PORT": "0"}  # what torchrun would say to a group of one
+SMALLEST = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+
+
+def check_environment() -> None:
+    """InputError for an environment that names a rank's place wrongly, or in part: it would wait
+    for ranks that never come."""
+    remedy = "unset it, or launch with torchrun"
+    numbers = {}
+    for name, low in SMALLEST.items():
+        text = os.environ.get(name, ALONE.get(name, "1"))
+        if not text.isdecimal() or len(text) > 5 or int(text) < low:
+            raise InputError(f"{name} is '{text}' in the environment, not a number from {low}: "
+                             f"{remedy}")
+        numbers[name] = int(text)
+    missing = sorted(ALONE.keys() - os.environ.keys())
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if missing and numbers[name] != int(ALONE[name]):
+            raise InputError(f"{name} is set in the environment, but not {missing[0]}: {remedy}")
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise InputError(f"RANK is {numbers['RANK']} in the environment, and WORLD_SIZE only "
+                         f"{numbers['WORLD_SIZE']}: {remedy}")
+
+
 def join_ranks() -> torch.device:
     """Join torchrun's process group, or be a group of one; returns this rank's device."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
-             "MASTER_PORT": "0"}
-    missing = alone.keys() - os.environ.keys()
-    if missing and os.environ.get("WORLD_SIZE", "1") != "1":  # it would wait for other ranks
-        raise InputError(f"WORLD_SIZE is set in the environment, but not {sorted(missing)[0]}: "
-                         "unset it, or launch with torchrun")
-    os.environ.update({name: alone[name] for name in missing})
+    os.environ.update({name: ALONE[name] for name in ALONE.keys() - os.environ.keys()})
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -214,7 +236,7 @@ class StopSignal:
         return any(gather([self.received]))
 
 
-# --- JSON ------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------
 def append_rows(path: Path, rows: list[dict]) -> int:
     """Append JSON lines to a file; returns its length in bytes."""
     with path.open("a", encoding="utf-8") as file:
@@ -228,6 +250,12 @@ def write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=1, allow_nan=False, default=lambda array: array.tolist())
     aside.write_text(text)
     aside.rename(path)
+
+
+def refuse_pipe(path: Path) -> None:
+    """InputError for a pipe or a device: it may never end, and one rank alone can read it."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: is a pipe or a device; save what it holds in a file")
 
 
 def read_json(path: Path, key: str | None = None) -> dict:

@@ -40,7 +40,7 @@ def set_up(args, device, out: Path) -> tuple:
     if out.exists():
         raise InputError(f"--out {out}: exists already; choose another name")
     model, tokenizer = load_model(args, device)
-    problems = load_prompts(args.data, args.split, tokenizer, args, args.limit)
+    problems = load_prompts(args.data, args.split, tokenizer, args, args.limit, training=True)
     return model, tokenizer, problems, Policy(model, args.temperature)
 
 

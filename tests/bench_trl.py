@@ -149,7 +149,7 @@ def run_trl(args, out: Path) -> dict:
 
     flags = run.parse_flags(words(args, out), grpo.__doc__, grpo.add_flags)
     model, tokenizer = load_model(flags, run.join_ranks())
-    problems = load_prompts(args.data, flags.split, tokenizer, flags)
+    problems = load_prompts(args.data, flags.split, tokenizer, flags, training=True)
     dist.destroy_process_group()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # or trl would wrap its model for several processes
         os.environ.pop(name)

@@ -309,7 +309,7 @@ def make_pool(*words) -> Pool:
     """The population of a step's problems."""
     args = flags(*POOL, *words)
     model, tokenizer = load_model(args, join_ranks())
-    everyone = load_prompts(args.data, args.split, tokenizer, args)
+    everyone = load_prompts(args.data, args.split, tokenizer, args, training=True)
     problems = problems_of_step(everyone, 1, args)
     tools = Policy(model), HfSampler(model, tokenizer, args)
     with Grader() as grader:

@@ -37,7 +37,7 @@ def main() -> None:
         number, words = int(words[at + 1]), words[:at] + words[at + 2 :]
     args, device = flags(*words), join_ranks()
     model, tokenizer = load_model(args, device)
-    problems, count = load_prompts(args.data, args.split, tokenizer, args, number), args.samples_per_prompt
+    problems, count = load_prompts(args.data, args.split, tokenizer, args, number, training=True), args.samples_per_prompt
     prompts = [problem.prompt_ids for problem in problems for _ in range(count)]
     seeds = list(range(count * len(problems)))
     hf, vllm = HfSampler(model, tokenizer, args), VllmSampler(model, tokenizer, args)

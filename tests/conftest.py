@@ -243,7 +243,7 @@ def grader():
 @pytest.fixture(scope="session")
 def problems(toy, device):
     """The toy's training problems, with their prompts."""
-    return load_prompts(f"{toy}/train.jsonl", "train", AutoTokenizer.from_pretrained(toy), flags())
+    return load_prompts(f"{toy}/train.jsonl", "train", AutoTokenizer.from_pretrained(toy), flags(), training=True)
 
 
 @pytest.fixture

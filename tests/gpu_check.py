@@ -70,7 +70,7 @@ def toy(device: torch.device, args, number: int = 64, kind=HfSampler) -> tuple:
     """(policy, sampler, problems, samples): one graded response, with old_logprobs, to each problem."""
     model, tokenizer = load_model(args, device)
     policy, sampler = Policy(model), kind(model, tokenizer, args)
-    problems = load_prompts(args.data, args.split, tokenizer, args, number)
+    problems = load_prompts(args.data, args.split, tokenizer, args, number, training=True)
     samples = draw(sampler, PlainGrader(), problems, [1] * number, seed_key=(0, EVALUATION, 0), temperature=1.0)
     fill_logprobs(policy, samples, args.tokens_per_micro_batch, into="old_logprobs")
     return policy, sampler, problems, samples

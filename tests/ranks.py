@@ -94,7 +94,7 @@ def main() -> None:
     model, tokenizer = load_model(args, device)
     if part == "draw":
         with Grader(1) as grader:
-            problems = load_prompts(args.data, args.split, tokenizer, args, 9)
+            problems = load_prompts(args.data, args.split, tokenizer, args, 9, training=True)
             sampler, counts = HfSampler(model, tokenizer, args), [3, 0, 1, 4, 1, 1, 2, 7, 2]
             samples = draw(sampler, grader, problems, counts, seed_key=(0, 0, 1), temperature=1.0)
         result = json.dumps([[s.problem, s.index, s.response_ids.tolist(), s.reward] for s in samples])

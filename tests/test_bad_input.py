@@ -20,12 +20,13 @@ import eval as evaluation
 import allocation_table
 import grpo
 import raft
-from checkpoint import claim_folder
+from checkpoint import FORMAT, claim_folder
 from data import TOY, Problem, load_problems, sample_rows
-from run import InputError
+from run import InputError, check_environment
 
 MAINS = {"raft": raft.main, "grpo": grpo.main, "table": allocation_table.main, "eval": evaluation.main}
 GOOD = json.dumps({"problem": "1+1", "answer": "2"}) + "\n"
+SHORT = "--max-prompt-tokens 64 --max-response-tokens 8"
 FEW = "--data few.jsonl --eval-data few.jsonl --prompts-per-step 2"  # for what is noticed late
 
 
@@ -122,11 +123,16 @@ def put_nan(name: str):
     return weights(change)
 
 
-def tokens_beyond(folder: Path) -> None:
-    """A token whose id is not in the embedding."""
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["added_tokens"].append(content["added_tokens"][0] | {"id": 400, "content": "<|far|>"})
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+def token_beyond(special: bool):
+    """A token whose id, 262, is not in the embedding."""
+
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        token = content["added_tokens"][0] | {"id": 400, "content": "<|far|>", "special": special}
+        content["added_tokens"].append(token)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+
+    return damage
 
 
 def random_model(config_class, **entries):
@@ -142,6 +148,7 @@ def random_model(config_class, **entries):
     return damage
 
 
+OWN_CODE = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
 NO_WEIGHTS = without("model.safetensors")
 LAYER = "model.layers.1.mlp.up_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -152,6 +159,12 @@ NO_EOS = (config(eos_token_id=None), edits("generation_config.json", eos_token_i
 def template(text: str):
     """The chat template is this one."""
     return model(lambda folder: (folder / "chat_template.jinja").write_text(text))
+
+
+def named_templates(*names: str):
+    """Several chat templates, each shows its name."""
+    return edits("tokenizer_config.json", chat_template=[
+        {"name": name, "template": f"{name} {{{{ messages[1]['content'] }}}}"} for name in names])
 
 
 def checkpoint(folder: Path) -> None:
@@ -275,6 +288,8 @@ FLAGS = [
      "--prompts-per-step: from --updates-per-step to"),
     ("prompts-too-long", holds("few.jsonl", GOOD * 3), f"raft {FEW} --max-prompt-tokens 2",
      "few.jsonl: every prompt is longer than --max-prompt-tokens 2"),
+    ("prompts-above-data-with-answers", both(holds("few.jsonl", GOOD * 3), holds("a.jsonl", GOOD * 3 + '{"problem": "1+1"}')),
+     "raft --data a.jsonl --eval-data few.jsonl --prompts-per-step 4", "which is at most 3, the number of problems"),
     ("eval-prompts-too-long", both(holds("few.jsonl", GOOD * 3), holds("e.jsonl", GOOD.replace("1+1", "1+1" * 99))),
      "raft --data few.jsonl --eval-data e.jsonl --prompts-per-step 2", "e.jsonl: every prompt is longer than --max"),
     ("above-the-context", nothing, "raft --max-response-tokens 449", "is above the model's context of 512 tokens"),
@@ -334,7 +349,23 @@ DATA = [
     ("null-question", holds("a.jsonl", [{"problem": None, "answer": "1"}]), f"{BAD} a.jsonl", "row 1 has nothing"),
     ("number-question", holds("a.jsonl", [{"problem": 5, "answer": "1"}]), f"{BAD} a.jsonl", "row 1 has nothing"),
     ("blank-question", holds("a.jsonl", [{"problem": " ", "answer": "1"}]), f"{BAD} a.jsonl", "row 1 has nothing"),
-    ("null-answer", holds("a.jsonl", GOOD + '{"problem": "q", "answer": null}'), f"{BAD} a.jsonl", "row 2 has nothing"),
+    ("null-answers", holds("a.jsonl", GOOD + 2 * '{"problem": "q", "answer": null}\n'), f"{BAD} a.jsonl",
+     "a.jsonl: row 2 has nothing readable in 'answer'; its columns: ['problem', 'answer']; 2 of 3 rows"),
+    ("proofs", holds("a.jsonl", GOOD + 2 * '{"problem": "q", "answer": "proof"}\n'), f"{BAD} a.jsonl", "row 2 has nothing"),
+    ("null-answer-to-evaluate",
+     both(holds("few.jsonl", GOOD * 3), holds("a.jsonl", GOOD + '{"problem": "q", "answer": null}')), "raft --data few.jsonl --eval-data a.jsonl", "a.jsonl: row 2 has nothing readable in 'answer'"),
+    ("null-answer-eval", holds("a.jsonl", GOOD * 9 + '{"problem": "q", "answer": null}'),
+     f"eval --data a.jsonl {SHORT}",
+     "a.jsonl: row 10 has nothing readable in 'answer'; its columns: ['problem', 'answer']; 1 of 10 rows: mend them"),
+    ("proof-eval", holds("a.json", GOOD + '{"problem": "q", "answer": "proof"}'),
+     f"eval --data a.json {SHORT}", "a.json: row 2 has nothing readable in 'answer'"),
+    ("json-lines", holds("a.json", GOOD + '{"problem": '), f"{BAD} a.json", "a.json: line 2 is not readable JSON"),
+    *[(f"pipe{suffix}", lambda folder, n=f"p{suffix}": os.mkfifo(folder / n), f"{BAD} p{suffix}",
+       f"p{suffix}: is a pipe or a device; save what it holds in a file") for suffix in (".jsonl", ".json", ".parquet")],
+    ("pipe-without-suffix", lambda folder: os.mkfifo(folder / "p"), f"{BAD} p", "'p': neither"),
+    ("pipe-eval", lambda folder: os.mkfifo(folder / "p.jsonl"), "eval --rescore p.jsonl", "p.jsonl: is a pipe or a device"),
+    ("device", lambda folder: (folder / "s.jsonl").symlink_to("/dev/zero"), f"{BAD} s.jsonl",
+     "s.jsonl: is a pipe or a device"),
     ("nan-answer", holds("a.jsonl", '{"problem": "q", "answer": NaN}'), f"{BAD} a.jsonl", "row 1 has nothing"),
     ("object-answer", holds("a.jsonl", [{"problem": "q", "answer": {}}]), f"{BAD} a.jsonl", "row 1 has nothing"),
     ("solution-without-a-box", holds("a.jsonl", [{"problem": "q", "solution": "It is 2."}]), f"{BAD} a.jsonl",
@@ -392,7 +423,22 @@ MODELS = [
     ("tokenizer-empty", model(lambda m: (m / "tokenizer.json").write_text("{}")), f"{BAD} m", "--model m: cannot be"),
     ("tokenizer-config-broken", model(lambda m: (m / "tokenizer_config.json").write_text("{")), f"{BAD} m",
      "--model m"),
-    ("tokenizer-beyond", model(tokens_beyond), f"{BAD} m", "its tokenizer has the id 262, but the model knows 262"),
+    ("tokenizer-beyond", model(token_beyond(special=False)), f"{BAD} m",
+     "its tokenizer has the id 262, but the model knows 262"),
+    ("token-of-the-template-beyond", model(token_beyond(special=True), lambda m: (m / "chat_template.jinja").write_text(
+        "<|far|>{{ messages[1]['content'] }}")), f"{BAD} m", "its tokenizer has the id 262, but the model knows 262"),
+    ("token-of-a-question-beyond", both(model(token_beyond(special=True)), holds("few.jsonl", GOOD * 2 + GOOD.replace(
+        "1+1", "1+<|far|>"))), f"raft --model m {FEW}", "--model: knows no token 262, which is in the question '1+<|far|>'"),
+    ("token-of-a-question-beyond-eval",
+     both(model(token_beyond(special=True)), holds("few.jsonl", GOOD.replace("1+1", "<|far|>"))), f"eval --model m --data few.jsonl {SHORT}", "--model: knows no token 262, which is in the question '<|far|>'; leave"),
+    ("own-code-config", model(config(model_type="mine", auto_map=OWN_CODE)), f"{BAD} m", "--model m: needs code of its own"),
+    ("own-code-model", model(config(model_type="vit", auto_map=OWN_CODE)), f"{BAD} m", "--model m: needs code of its own"),
+    ("own-code-tokenizer", model(config(model_type="vit"), edits("tokenizer_config.json", tokenizer_class="Mine", auto_map={
+        "AutoTokenizer": ["code.Mine", None]})), "raft --model m", "--model m: needs code of its own, which is never run here"),
+    ("own-code-of-another", model(config(model_type="mine", auto_map={"AutoConfig": "a/b--code.Config"})), "raft --model m",
+     "--model m: needs code of its own, which is never run here; choose a model that transformers knows"),
+    ("pipe", model(without("config.json"), lambda m: os.mkfifo(m / "config.json")), f"{BAD} m", "m/config.json: is a pipe"),
+    ("pipe-for-a-folder", lambda folder: os.mkfifo(folder / "m"), f"{BAD} m", "--model m: cannot be loaded"),
     ("no-eos", model(*NO_EOS), f"{BAD} m", "--model m: has no end-of-sequence token"),
     ("eos-beyond", model(config(eos_token_id=999), edits("generation_config.json", eos_token_id=[1, 999])), f"{BAD} m",
      "the id 999, but the model knows 262 tokens"),
@@ -402,6 +448,8 @@ MODELS = [
     ("template-broken", template("{% for m in messages %}"), f"{BAD} m", "--model: its chat template fails"),
     ("template-system", template("{{ raise_exception('System role not supported') }}"), "raft --model m",
      "--model: its chat template fails (System role not supported)"),
+    ("templates-without-a-default", model(without("chat_template.jinja"), named_templates("rag", "tool_use")), f"{BAD} m",
+     "--model m: has chat templates named ['rag', 'tool_use'], and no default; rename one to default"),
     ("template-empty", template("{# nothing #}"), f"{BAD} m", "chat template fails (the prompt is empty)"),
     ("template-same", template("{{ messages[0]['content'] }}"), f"{BAD} m", "cannot tell questions apart"),
     ("template-zero", template("{{ 1 / 0 }}"), f"{BAD} m", "--model: its chat template fails"),
@@ -413,7 +461,6 @@ MODELS = [
 ]
 COLUMNS = tuple(evaluation.COLUMNS)
 RESCORE = "eval --rescore s.jsonl"
-SHORT = "--max-prompt-tokens 64 --max-response-tokens 8"
 FEW_ROWS = holds("few.jsonl", GOOD * 3)
 FOLDERS = [
     ("out-holds-a-run", holds("out/args.json", "{}"), "raft --out out", "--out out: holds a run already; --resume"),
@@ -436,8 +483,10 @@ FOLDERS = [
     ("record-empty", both(FEW_ROWS, empty_record), f"raft {FEW} --out out --resume",
      "out/args.json: is damaged; restore"),
     ("record-list", holds("out/args.json", "[1]"), "raft --out out --resume", "out/args.json: is damaged; restore it"),
-    ("record-flags-list", holds("out/args.json", '{"format": 2, "flags": [1]}'), "raft --out out --resume",
+    ("record-flags-list", holds("out/args.json", f'{{"format": {FORMAT}, "flags": [1]}}'), "raft --out out --resume",
      "out/args.json: is damag"),
+    ("record-of-the-version-before", holds("out/args.json", '{"format": 2, "flags": {}}'), "raft --out out --resume",
+     "--resume: out was made by another version of this project"),
     ("record-of-another-version", holds("out/args.json", '{"flags": {"predict": true}}'), "raft --out out --resume",
      "--resume: out was made by another version of this project; go on with that one, or choose another --out"),
     ("protocol-empty", both(FEW_ROWS, holds("out/protocol.json", "")),
@@ -514,7 +563,8 @@ def test_bad_input_is_one_line(device, tmp_path, monkeypatch, prepare, line, nam
 
 @pytest.mark.parametrize("name", ["data-missing", *map(slow, [
     "flag-lr-nan", "flag-allocator", "flag-no-out", "flag-line-break", "data-half-a-character", "data-json-nested",
-    "model-missing", "model-weights-lack-one", "folder-out-holds-a-run", "folder-rescore-lists",
+    "model-missing", "model-weights-lack-one", "folder-out-holds-a-run", "folder-rescore-lists", "data-pipe.jsonl",
+    "model-own-code-config",
 ])])
 def test_users_see_one_line_and_exit_code_2(tmp_path, name):
     prepare, line, named = ROWS[name]
@@ -524,16 +574,64 @@ def test_users_see_one_line_and_exit_code_2(tmp_path, name):
     script = "tests/allocation_table" if script == "table" else script
     done = run_script(f"{script}.py", *words, check=False, cwd=tmp_path)
     assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1
+    assert "[y/N]" not in done.stdout  # nobody may be there to answer
     assert_untouched(tmp_path, before)
 
 
-@pytest.mark.slow
-def test_ranks_left_in_the_environment_are_named_at_once(tmp_path, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+WHOLE_PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+ENVIRONMENTS = {
+    "ranks-alone": ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set in the environment, but not LOCAL_RANK: unset it, or launch"),
+    "rank-alone": ({"RANK": "1"}, "RANK is set in the environment, but not LOCAL_RANK"),
+    "local-rank-alone": ({"LOCAL_RANK": "3"}, "LOCAL_RANK is set in the environment, but not MASTER_ADDR"),
+    "rank-word": ({"RANK": "abc"}, "RANK is 'abc' in the environment, not a number from 0: unset it, or launch with torchrun"),
+    "rank-empty": ({"RANK": ""}, "RANK is '' in the environment"),
+    "rank-negative": ({"RANK": "-1"}, "RANK is '-1' in the environment"),
+    "ranks-word": ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc' in the environment, not a number from 1"),
+    "ranks-none": ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment, not a number from 1"),
+    "local-ranks-none": ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0' in the environment, not a number from 1"),
+    "local-rank-word": (WHOLE_PLACE | {"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x' in the environment"),
+    "port-word": ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x' in the environment"),
+    "digits": ({"RANK": "7" * 5000}, "in the environment, not a number"),
+    "rank-beyond": (WHOLE_PLACE | {"RANK": "1"}, "RANK is 1 in the environment, and WORLD_SIZE only 1"),
+}
+
+
+@pytest.fixture
+def no_ranks(monkeypatch):
+    """An environment without torchrun's words; what a test sets in it is gone after it."""
+    for name in (*WHOLE_PLACE, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("words", "complaint"), ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_ranks_left_in_the_environment_are_named_at_once(no_ranks, words, complaint):
+    for name, value in words.items():
+        no_ranks.setenv(name, value)
+    for argv in ([], ["--no-such-flag"]):
+        with pytest.raises(InputError) as error:
+            raft.main(argv)
+        assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("words", [
+    {}, WHOLE_PLACE, {"RANK": "0"}, {"WORLD_SIZE": "1"}, {"LOCAL_WORLD_SIZE": "8"},
+    WHOLE_PLACE | {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}])
+def test_other_environments_are_no_fault(no_ranks, words):
+    for name, value in words.items():
+        no_ranks.setenv(name, value)
+    check_environment()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ranks-alone", "rank-alone", "rank-word", "local-ranks-none"])
+def test_users_see_one_line_of_their_environment(tmp_path, no_ranks, name):
+    words, complaint = ENVIRONMENTS[name]
+    for variable, value in words.items():
+        no_ranks.setenv(variable, value)
     done = run_script("raft.py", check=False, cwd=tmp_path)
-    assert done.returncode == 2 and "WORLD_SIZE is set" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and complaint in done.stderr and done.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

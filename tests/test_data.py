@@ -13,11 +13,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, SHARED, wait_for
+from conftest import ROOT, SHARED, flags, wait_for
 from transformers import AutoTokenizer
 
-from answers import extract_boxed, reference_answer
-from data import INSTRUCTION, SYSTEM_PROMPT, Problem, digest_problems, encode_prompt, load_problems
+from answers import extract_boxed, reference_answer, solution_answer
+from data import INSTRUCTION, SYSTEM_PROMPT, Problem, digest_problems, encode_prompt, load_problems, load_prompts
 from grader import Grader
 from run import InputError, RunError
 
@@ -32,6 +32,16 @@ def grader():
     ("She has 3 * 4 = <<3*4=12>>12 eggs.\n#### 1,234", "1234"),
     ("so ...\n#### -5", "-5"),
     ("#### $18", "18"),
+    ("#### 3, 5", "3, 5"),
+    ("#### (1,2)", "(1,2)"),
+    ("#### -1,234,567.50", "-1234567.50"),
+    ("#### 1,2345", "1,2345"),  # no separator of thousands
+    ("#### 18\nThat was all.\n1,2", "18"),
+    ("#### 5.0", "5"),
+    ("#### Step 1\nSo it is $\\boxed{7}$.", "7"),  # a heading
+    ("####", ""),
+    ("proof", ""), ("Proof", ""), ("notfound", ""), (" N/A ", ""), ("nan", ""), (["proof"], ""),
+    ("None", "None"), ("\\text{proof}", "\\text{proof}"),
     ("Hence $x = \\boxed{\\frac{1}{2}}$, since \\boxed{3} is too large.", "3"),
     ("the set \\boxed{\\left\\{ \\frac{a}{b}, 2 \\right.}", "\\left\\{ \\frac{a}{b}, 2 \\right."),
     (27.0, "27"),
@@ -58,6 +68,24 @@ def grader():
 ])
 def test_reference_answer(value, answer):
     assert reference_answer(value) == answer
+
+
+@pytest.mark.parametrize(("value", "answer"), [
+    ("42", "42"), (" $3$\n", "3"), ("\\frac12", "\\frac12"), ("$\\frac{1}{2}$.", "\\frac{1}{2}."), (5, "5"), (2.5, "2.5"),
+    ("(1, 2)", "(1, 2)"), ("x=2 or x=3", "x=2 or x=3"), ("5 cm", "5 cm"), ("Yes", "Yes"), ("\\sin x", "\\sin x"),
+    ("x=1, x=2 or x=3 and y=4 or 5", "x=1, x=2 or x=3 and y=4 or 5"), ("Clearly $a>b$ since $c>0$", ""), ("Clearly $a>b$.", ""),
+    (["$1$", "$2$"], "1, 2"), ("so it is \\boxed{\\text{not a prime}}", "\\text{not a prime}"), ("We add them.\n#### 18", "18"),
+    ("a proof without a box", ""), ("It is 2.", ""), ("It is $2$", ""), ("Trivial.", ""), ("Let $x=2$. Then $y$ is 3.", ""),
+    ("$x=2$\n$y=3$", ""), ("$" + "1+" * 50 + "1$", ""), ("So:\n#### Proof of the lemma", ""), ("proof", ""), (None, ""),
+])
+def test_a_solution_without_a_box_may_be_a_bare_answer_but_no_text(tmp_path, value, answer):
+    assert solution_answer(value) == answer
+    path = write(tmp_path / "a.jsonl", [{"problem": "q", "solution": value}])
+    if answer:
+        assert load_problems(path) == [Problem(0, "q", answer)]
+    else:
+        with pytest.raises(InputError, match="row 1 has nothing readable in 'solution'"):
+            load_problems(path)
 
 
 @pytest.mark.parametrize(("text", "content"), [
@@ -98,6 +126,16 @@ def test_local_files(tmp_path, name):
     spec = write(tmp_path / name, rows)
     assert load_problems(spec) == [Problem(0, "1+1?", "2"), Problem(1, "2+2?", "4")]
     assert load_problems(spec, limit=1) == [Problem(0, "1+1?", "2")]
+
+
+@pytest.mark.parametrize(("text", "number"), [
+    ('{"problem": "q", "answer": 1}\n{"problem": "q", "answer": 1}\n', 2), ('\n{"problem": "q", "answer": 1} \r\n', 1),
+    ('[{"problem": "q", "answer": 1},\n {"problem": "q", "answer": 1}]', 2), ('{"problem": "q",\n "answer": 1}', 1),
+    ('[\n{"problem": "q", "answer": 1}\n]\n', 1),
+])
+def test_a_json_file_may_hold_json_lines(tmp_path, text, number):
+    (tmp_path / "a.json").write_text(text)
+    assert load_problems(str(tmp_path / "a.json")) == [Problem(i, "q", "1") for i in range(number)]
 
 
 @pytest.mark.parametrize("column", ["problem", "question", "prompt"])
@@ -141,6 +179,8 @@ def test_bad_rows_are_named(tmp_path, rows, complaint):
 @pytest.mark.parametrize(("name", "content", "complaint"), [
     ("a.jsonl", b'{"problem": "q", "answer": "1"}\n{"problem": ', r"a.jsonl: line 2 is not readable JSON \(Expecting"),
     ("a.json", b'[{"problem": "q",\n"answer": }]', "a.json: line 2 is not readable JSON"),
+    ("a.json", b'{"problem": "q", "answer": 1}\n{"problem": ', "a.json: line 2 is not readable JSON"),
+    ("a.json", b'{"problem": "q"}\n\n{"problem": }\n', "a.json: line 3 is not readable JSON"),
     ("a.json", b"", "must hold rows"),
     ("a.jsonl", b"1\n" + b"[" * 100_000, "line 2 is not readable JSON .*recursion"),
     ("a.jsonl", b'{"problem": "q", "answer": ' + b"7" * 5000 + b"}", "line 1 is not readable JSON .*digits"),
@@ -199,6 +239,36 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
         load_problems(path)
 
 
+PROOF = {"problem": "Show it.", "answer": "proof"}
+
+
+def test_rows_without_an_answer_are_dropped_in_training_and_counted(toy, device, tmp_path, capsys):
+    tokenizer, good = AutoTokenizer.from_pretrained(toy), {"problem": "1+1", "answer": "2"}
+    one = write(tmp_path / "one.jsonl", [good, PROOF, good, {"problem": "\ud800", "answer": "2"}])
+    two = write(tmp_path / "two.json", [good, good, {"problem": None, "answer": "2"}])
+    problems = load_prompts(f"{one},{two}", "train", tokenizer, flags(), training=True)
+    assert [problem.id for problem in problems] == [0, 2, 4, 5]  # their rows, in both files
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{one}: dropped 2 of 4 rows, as row 2 has nothing readable in 'answer'; its columns: {list(good)}",
+                    f"{two}: dropped 1 of 3 rows, as row 3 has nothing readable in 'problem'; its columns: {list(good)}"]
+    for data in (one, f"{one},{two}", two):
+        with pytest.raises(InputError, match="row [23] has nothing readable in '(answer|problem)'"):
+            load_prompts(data, "test", tokenizer, flags(), training=False)
+    assert len(load_prompts(one, "test", tokenizer, flags(), 1, training=False)) == 1
+
+
+@pytest.mark.parametrize(("lost", "kept"), [(1, 1), (2, 1)])
+def test_a_data_set_that_would_lose_more_than_half_is_refused(toy, device, tmp_path, lost, kept):
+    tokenizer = AutoTokenizer.from_pretrained(toy)
+    good = write(tmp_path / "good.jsonl", [{"problem": "1+1", "answer": "2"}] * 9)
+    path = write(tmp_path / "a.jsonl", [PROOF] * lost + [{"problem": "1+1", "answer": "2"}] * kept)
+    if lost == kept:
+        assert len(load_prompts(path, "train", tokenizer, flags(), training=True)) == kept
+        return
+    with pytest.raises(InputError, match="a.jsonl: row 1 has nothing readable in 'answer'; .*; 2 of 3 rows"):
+        load_prompts(f"{good},{path}", "train", tokenizer, flags(), training=True)  # each set by itself
+
+
 def test_empty_lines_cost_nothing(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"problem": "q", "answer": "1"}' + "\n" * 2_000_000)
@@ -210,10 +280,10 @@ def test_empty_lines_cost_nothing(tmp_path):
 def test_the_digest_tells_problems_apart():
     one, two = Problem(0, "1+1?", "2"), Problem(1, "2+2?", "4")
     others = [[two, one], [one], [one, Problem(1, "2+2?", "5")], [one, Problem(1, "2+3?", "4")],
-              [one, Problem(2, "2+2?", "4")], [one, Problem(1, "2+2?4", "")], []]
+              [one, Problem(2, "2+2?", "4")], [one, Problem(1, "2+2?4", "")], [],
+              [one, Problem(1, "2+2?", "4", prompt_ids=[1])], [one, Problem(1, "2+2?", "4", prompt_ids=[2])]]
     digests = {digest_problems(problems) for problems in [[one, two], *others]}
     assert len(digests) == 1 + len(others) and {len(digest) for digest in digests} == {16}
-    assert digest_problems([one, Problem(1, "2+2?", "4", prompt_ids=[1])]) == digest_problems([one, two])
 
 
 @pytest.mark.parametrize(("name", "size", "last"), [
@@ -235,6 +305,19 @@ def test_the_prompt_is_the_chat_template_s_or_plain(toy):
     tokenizer.chat_template = None
     plain = tokenizer.decode(encode_prompt(tokenizer, problem))
     assert "7+15-4" in plain and SYSTEM_PROMPT in plain and INSTRUCTION in plain
+
+
+@pytest.mark.parametrize(("template", "shown"), [
+    ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+    ("{% macro day() %}{{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ day() }}", "2024-07-26"),
+    # As Llama 3.2's.
+    ("{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+     "{% else %}{% set date_string = '1 Jan 2020' %}{% endif %}{% endif %}Today: {{ date_string }}", "Today: 26 Jul 2024"),
+])
+def test_templates_are_told_the_same_date_every_day(toy, template, shown):
+    tokenizer = AutoTokenizer.from_pretrained(toy)
+    tokenizer.chat_template = template
+    assert tokenizer.decode(encode_prompt(tokenizer, Problem(0, "1+1", "2"))) == shown
 
 
 @pytest.mark.parametrize(("template", "complaint"), [

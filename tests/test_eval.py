@@ -126,6 +126,15 @@ def test_what_is_saved_and_shown(straight):
     assert sampling < error
 
 
+def test_json_lines_in_a_json_file_are_evaluated(device, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    file.write_text("".join((TOY / "eval.jsonl").read_text().splitlines(keepends=True)[:3]))
+    words = ["--data", file, "--samples", 1, "--out", tmp_path / "out", *PROTOCOL[4:]]
+    command.main(list(map(str, words)))
+    assert "| x | 3 |" in capsys.readouterr().out
+    assert len(read_rows(tmp_path / "out" / "x.jsonl")) == 3
+
+
 @pytest.mark.slow
 def test_two_ranks_give_the_same_figures(straight, tmp_path):
     run_command(tmp_path / "two", ranks=2)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import flags, make_sample
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 import model as model_module
 from batches import collate, fill_logprobs, fill_norms, micro_batches
-from model import Policy, load_model
+from checkpoint import RunState, newest_checkpoint, save_checkpoint
+from data import Problem, encode_prompt
+from model import Policy, check_prompts, load_model
 from run import InputError
 from sampler import HfSampler, draw
 
@@ -153,6 +155,39 @@ def test_a_tokenizer_without_a_chat_template_is_said(device, toy, tmp_path, caps
     (tmp_path / "toy" / "chat_template.jinja").unlink()
     load_model(flags("--model", tmp_path / "toy"), device)
     assert "has no chat template: prompts use a plain one" in capsys.readouterr().out
+
+
+def test_of_several_chat_templates_the_default_one_is_used_and_saved(device, toy, tmp_path):
+    shutil.copytree(toy, tmp_path / "toy")
+    (tmp_path / "toy" / "additional_chat_templates").mkdir()
+    (tmp_path / "toy" / "additional_chat_templates" / "rag.jinja").write_text("another one")
+    assert isinstance(AutoTokenizer.from_pretrained(tmp_path / "toy").chat_template, dict)
+    model, tokenizer = load_model(flags("--model", tmp_path / "toy"), device)
+    prompt = encode_prompt(tokenizer, Problem(0, "7+15-4", "18"))
+    assert tokenizer.decode(prompt) == "<|user|>7+15-4<|assistant|>"
+    save_checkpoint(tmp_path / "run", RunState(step=1), model, torch.optim.AdamW(model.parameters()), tokenizer, 1)
+    path, _ = newest_checkpoint(tmp_path / "run")
+    assert encode_prompt(load_model(flags(), device, path)[1], Problem(0, "7+15-4", "18")) == prompt
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_special_token_that_the_model_lacks_is_no_fault_until_a_prompt_has_it(
+        device, toy, tmp_path, grader, padding):
+    """As Gemma 3's for images; or one for padding, which is masked."""
+    tokenizer = AutoTokenizer.from_pretrained(toy)
+    far = {"pad_token": "<|far|>"} if padding else {"additional_special_tokens": ["<|far|>"]}
+    tokenizer.add_special_tokens(far, replace_extra_special_tokens=False)
+    shutil.copytree(toy, tmp_path / "toy")
+    tokenizer.save_pretrained(tmp_path / "toy")
+    model, tokenizer = load_model(flags("--model", tmp_path / "toy"), device)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    assert tokenizer.convert_tokens_to_ids("<|far|>") == vocabulary > tokenizer.pad_token_id
+    problems = [Problem(i, text, "2", encode_prompt(tokenizer, Problem(i, text, "2"))) for i, text in enumerate(["1+1", "2"])]
+    check_prompts(model, problems)
+    assert len(draw(HfSampler(model, tokenizer, flags()), grader, problems, [1, 1], seed_key=(0,), temperature=1.0)) == 2
+    problems.append(Problem(2, "1<|far|>", "2", encode_prompt(tokenizer, Problem(2, "1<|far|>", "2"))))
+    with pytest.raises(InputError, match=f"knows no token {vocabulary}, which is in the question '1<.far.>'"):
+        check_prompts(model, problems)
 
 
 def test_models_that_cannot_be_had_are_named(device, tmp_path, monkeypatch):

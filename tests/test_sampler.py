@@ -113,16 +113,16 @@ def test_long_prompts_are_dropped_and_counted(device, model_and_tokenizer, tmp_p
     rows = [{"problem": "1+1", "answer": "2"}, {"problem": "1+" * 40 + "1", "answer": "41"}]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kept = load_prompts(str(path), "train", model_and_tokenizer[1], flags())
+    kept = load_prompts(str(path), "train", model_and_tokenizer[1], flags(), training=True)
     assert [problem.id for problem in kept] == [0] and "dropped 1 of 2" in capsys.readouterr().out
     with pytest.raises(InputError, match="every prompt is longer than --max-prompt-tokens 2"):
-        load_prompts(str(path), "train", model_and_tokenizer[1], flags("--max-prompt-tokens", 2))
+        load_prompts(str(path), "train", model_and_tokenizer[1], flags("--max-prompt-tokens", 2), training=True)
 
 
 def test_several_data_sets_are_one(device, model_and_tokenizer, tmp_path):
     for name, text in (("a", "1+1"), ("b", "2+2")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"problem": text, "answer": "1"}) + "\n")
-    both = load_prompts(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "train", model_and_tokenizer[1], flags())
+    both = load_prompts(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "train", model_and_tokenizer[1], flags(), training=True)
     assert [(problem.id, problem.question) for problem in both] == [(0, "1+1"), (1, "2+2")]
 
 

@@ -36,7 +36,7 @@ def test_the_model_solves_what_a_mix_promises(mix, device, grader):
     _, never, always = MIXES[mix]
     args = flags("--sampler-batch-size", 64)
     model, tokenizer = load_model(args, device)
-    problems = random.Random(0).sample(load_prompts(str(TOY / f"{mix}.jsonl"), "train", tokenizer, args), 60)
+    problems = random.Random(0).sample(load_prompts(str(TOY / f"{mix}.jsonl"), "train", tokenizer, args, training=True), 60)
     samples = draw(HfSampler(model, tokenizer, args), grader, problems, [16] * 60, seed_key=(0, EVALUATION, 0),
                    temperature=1.0)
     right = np.array([sample.reward for sample in samples]).reshape(60, 16).mean(axis=1)

@@ -26,7 +26,7 @@ def main() -> None:
     args = flags("--sampler", "vllm", "--max-prompt-tokens", 320, "--temperature", 0.8, "--loss", "raft")
     model, tokenizer = load_model(args, device)
     policy, sampler = Policy(model, args.temperature), make_sampler(model, tokenizer, args)
-    problems = load_prompts(args.data, args.split, tokenizer, args, 9)
+    problems = load_prompts(args.data, args.split, tokenizer, args, 9, training=True)
     long = [Problem(100 + i, f"{LONG}{i}", str(135 + i)) for i in range(2)]
     long = [replace(problem, prompt_ids=encode_prompt(tokenizer, problem)) for problem in long]
     ddp_policy, optimizer = distribute(policy), torch.optim.AdamW(policy.parameters(), lr=1e-3)
