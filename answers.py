@@ -48,9 +48,9 @@ def reference_answer(value) -> str:
     if isinstance(value, float):
         value = np.format_float_positional(value, trim="-")  # not 1e+16
     text = str(value).strip()
-    if (boxed := extract_boxed(text)) is not None:  # first: "####" may be a heading before it
-        return boxed
     _, mark, line = text.rpartition("####")  # without a mark, all of the text
+    if (boxed := extract_boxed(text)) is not None:  # first: "####" may be a heading before it
+        return "" if boxed.lower() in NO_ANSWER else boxed
     text = line.partition("\n")[0] if mark else text
     text = re.sub(r"(?<!\\)\$", "", text).strip()  # dollars around math, not \$
     if mark and THOUSANDS.fullmatch(text):

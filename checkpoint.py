@@ -26,8 +26,8 @@ import torch.distributed.checkpoint.state_dict as state_dicts
 from safetensors import SafetensorError
 
 from data import Problem, Sample, compare_problems, sample_rows
-from run import InputError, RunError, append_rows, number, of_rank0, on_rank0, positive_int
-from run import print0, read_json, write_json
+from files import append_rows, read_json, write_json
+from run import InputError, RunError, number, of_rank0, on_rank0, positive_int, print0
 
 FORMAT = 3  # of a run's folder. A change of RunState, or of what a flag means, needs another one
 LEFT_BY_A_RUN = ("args.json", "log.jsonl", "samples.jsonl", "checkpoints")

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from answers import extract_boxed, reference_answer, solution_answer
-from run import InputError, of_rank0, on_every_rank, print0, refuse_pipe
+from files import read_rows
+from run import InputError, of_rank0, on_every_rank, print0
 
 TOY = Path(__file__).resolve().parent / "tests" / "toy"  # the model and problems used by default
 
@@ -137,37 +138,6 @@ def _readable_rows(spec: str, split: str, limit: int | None) -> tuple[list[Probl
         else:
             problems.append(Problem(i, texts[question_column].strip(), texts[answer_column]))
     return problems, faults
-
-
-def read_rows(path: Path) -> list:
-    """The rows of a local .jsonl, .json or .parquet file; InputError names the file and line.
-
-    A .json file holds a list or an object; or JSON lines, if its first line is {...}.
-    """
-    try:
-        refuse_pipe(path)
-        content = path.read_bytes()
-        if path.suffix == ".parquet":
-            import pyarrow.parquet  # slow to import, and JSON files do without it
-            return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-        text = content.decode("utf-8-sig")
-    except (OSError, ValueError) as error:  # pyarrow's errors are among them
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{path}: {reason.splitlines()[0].lower()}") from error
-    first = text.lstrip().partition("\n")[0].rstrip()
-    if path.suffix == ".json" and not (first.startswith("{") and first.endswith("}")):
-        rows = _parse_json(text, path, first_line=1) if text.strip() else []
-        return rows if isinstance(rows, list) else [rows]
-    lines = enumerate(text.split("\n"), start=1)
-    return [_parse_json(line, path, first_line=i) for i, line in lines if line.strip()]
-
-
-def _parse_json(text: str, path: Path, first_line: int):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also 5,000 digits, or a thousand brackets
-        line, reason = first_line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
-        raise InputError(f"{path}: line {line} is not readable JSON ({reason})") from error
 
 
 def _read_hub(spec: str, split: str) -> list:

@@ -27,12 +27,13 @@ from transformers.utils import cached_file
 from answers import extract_boxed
 from checkpoint import claim_folder
 from data import BENCHMARKS, EVALUATION, SYSTEM_PROMPT, TOY, Problem, Sample, compare_problems
-from data import encode_prompt, load_prompts, read_rows, sample_rows
+from data import encode_prompt, load_prompts, sample_rows
+from files import append_rows, read_json, read_rows, write_json
 from grader import REWARDS, Grader, add_reward_flags
 from metrics import as_table, summarise
 from model import add_model_flags, check_prompts, load_model
-from run import InputError, append_rows, join_ranks, non_negative, on_every_rank, on_rank0
-from run import parse_flags, positive_int, print0, read_json, run_script, share_out, write_json
+from run import InputError, join_ranks, non_negative, on_every_rank, on_rank0, parse_flags
+from run import positive_int, print0, run_script, share_out
 from sampler import add_sampler_flags, draw, make_sampler
 
 
@@ -191,7 +192,7 @@ def evaluate_benchmarks(args: argparse.Namespace, out: Path, grader, device) -> 
     return protocol, rows
 
 
-def rescore(path: Path, out: Path | None, grader, graded_by: str) -> tuple[dict, dict]:
+def rescore(path: Path, out: Path | None, grader, judge: str) -> tuple[dict, dict]:
     """(protocol, rows by benchmark) of the samples in `path`, graded anew; kept in `out` if set."""
     rows = read_samples(path)
     if len(set(Counter(row["problem"] for row in rows).values())) != 1:
@@ -204,10 +205,10 @@ def rescore(path: Path, out: Path | None, grader, graded_by: str) -> tuple[dict,
     for row, sample in zip(rows, samples):
         row |= {"answer": extract_boxed(sample.text), "score": sample.reward,
                 "grader_failed": sample.grader_failed}
-    print0(f"{path}: {changed} of {len(rows)} scores differ from the saved ones, with {graded_by}")
+    print0(f"{path}: {changed} of {len(rows)} scores differ from the saved ones, with {judge}")
     record = path.parent / PROTOCOL
     protocol = read_json(record) if record.exists() else {}
-    protocol |= {"grader": graded_by, "problems": {path.stem: "graded anew"}}
+    protocol |= {"grader": judge, "problems": {path.stem: "graded anew"}}
     if out:
         on_rank0(start_folder, out, protocol)
         on_rank0(append_rows, out / path.name, rows)

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint as computed_again
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data import TOY, Problem, encode_prompt
-from run import InputError, number, positive_int, print0, refuse_pipe
+from files import refuse_pipe
+from run import InputError, number, positive_int, print0
 
 HEAD_BYTES = 1 << 30  # of the logits, (tokens, vocabulary) in fp32, that are held at once
 # Config entries by which models change their logits after the head (Gemma 2, Cohere, Granite).

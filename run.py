@@ -1,10 +1,9 @@
-"""What any script needs, nothing of it special to GVM: errors, flags, ranks, signals, files."""
+"""What any script needs, nothing of it special to GVM: errors, flags, ranks, signals."""
 
 import argparse
 import atexit
 import gc
 import io
-import json
 import math
 import os
 import signal
@@ -234,34 +233,3 @@ class StopSignal:
     def on_any_rank(self) -> bool:
         """Whether some rank got it: all ranks must end at the same place."""
         return any(gather([self.received]))
-
-
-# --- files -----------------------------------------------------------------------------------
-def append_rows(path: Path, rows: list[dict]) -> int:
-    """Append JSON lines to a file; returns its length in bytes."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-        return file.tell()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a file beside its place and rename it: it is there whole, or as it was before."""
-    aside = path.with_suffix(".partial")
-    text = json.dumps(content, indent=1, allow_nan=False, default=lambda array: array.tolist())
-    aside.write_text(text)
-    aside.rename(path)
-
-
-def refuse_pipe(path: Path) -> None:
-    """InputError for a pipe or a device: it may never end, and one rank alone can read it."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError(f"{path}: is a pipe or a device; save what it holds in a file")
-
-
-def read_json(path: Path, key: str | None = None) -> dict:
-    """What write_json wrote, or its part `key`; InputError if something else wrote over it."""
-    try:
-        content = json.loads(path.read_text())
-        return dict(content[key] if key else content)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: is damaged; restore it, or choose another --out") from error

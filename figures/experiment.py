@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import methods  # noqa: E402 (lies in this folder, and needs the project's modules, one folder up)
 
-from data import read_rows  # noqa: E402
+from files import read_rows  # noqa: E402
 
 RECORDS = Path(__file__).with_suffix(".jsonl")
 

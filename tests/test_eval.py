@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, TOY, Started, flags, run_script, wait_for
 
 import eval as command
-from data import read_rows
+from files import read_rows
 from eval import evaluate, same_answers
 from metrics import pass_at_k, sampling_error, summarise
 from run import InputError

@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from checkpoint import (
     LEFT_BY_A_RUN, RunState, claim_folder, digest, load_optimizer, newest_checkpoint, run_folder, save_checkpoint, start_log)
-from run import InputError, run_script as run_main, write_json
+from files import write_json
+from run import InputError, run_script as run_main
 
 
 @pytest.mark.parametrize(("words", "named"), [
@@ -101,7 +102,7 @@ def test_a_folder_belongs_to_one_run(device, tmp_path):
     with claim_folder(out, LEFT_BY_A_RUN, resume=False):
         with pytest.raises(InputError, match=f"process {os.getpid()} is running there"):
             claim_folder(out, LEFT_BY_A_RUN, resume=False)
-        start_log(out, args, 0)
+        start_log(out, args, RunState())
     with pytest.raises(InputError, match="--resume continues it"):
         claim_folder(out, LEFT_BY_A_RUN, resume=False)
     with claim_folder(out, LEFT_BY_A_RUN, resume=True):
