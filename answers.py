@@ -12,6 +12,8 @@ THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")  # "1,234", but not "3,
 # How data sets write that there is none. Not "none", which answers "which of these are prime?".
 NO_ANSWER = ("proof", "notfound", "not found", "n/a", "nan", "null")
 WORD = re.compile(r"(?<!\\)\b(?!(?:and|or)\b)[^\W\d_]{2,}")  # see solution_answer; not \frac
+# `\{` is a printed brace, which nests nothing.
+BRACE = re.compile(r"\\(?!\\?boxed).|(?P<opening>\\boxed\s*\{|\{)|(?P<closing>\})", re.DOTALL)
 # What may stand between boxes that are one answer: "\boxed{2} and $\boxed{3}$".
 BETWEEN_BOXES = re.compile(r"(?:[\s,;$~{}]|and\b|or\b|\\(?:text|mathrm|q?quad|[,;:! \\()\[\]]))*")
 
@@ -21,17 +23,29 @@ def extract_boxed(text: str) -> str | None:
 
     Boxes with nothing but "and", "or", commas and spaces between them are one: "2, 3".
     """
-    contents = []
-    for part in reversed(re.split(r"\\boxed\s*\{", text)[1:]):
-        depth = 1
-        for token in re.finditer(r"\\.|[{}]", part, re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(token.group(), 0)  # `\{`, a printed brace, does not nest
-            if depth == 0:
-                break
-        if depth or (contents and not BETWEEN_BOXES.fullmatch(part, token.end())):
+    contents, after = [], None
+    for start, inside, end in reversed(_outer_boxes(text)):
+        if after is not None and not BETWEEN_BOXES.fullmatch(text, end + 1, after):
             break
-        contents.insert(0, part[: token.start()].strip())
+        contents.insert(0, text[inside:end].strip())
+        after = start
     return ", ".join(dict.fromkeys(contents)) if contents else None
+
+
+def _outer_boxes(text: str) -> list[tuple[int, int, int]]:
+    """(its start, its content's start, its end) of each box in no other box; [] if the last one
+    never closes."""
+    openings, boxes = [], []
+    for token in BRACE.finditer(text):
+        if token["opening"]:
+            openings.append(token)
+        elif token["closing"] and openings:
+            opening = openings.pop()
+            if opening[0] != "{":
+                boxes = [box for box in boxes if box[0] < opening.start()]
+                boxes.append((opening.start(), opening.end(), token.start()))
+    unclosed = [opening.start() for opening in openings if opening[0] != "{"]
+    return [] if unclosed and boxes and unclosed[-1] > boxes[-1][2] else boxes
 
 
 def reference_answer(value) -> str:

@@ -20,63 +20,85 @@ from contextlib import suppress
 
 from math_verify import parse, verify
 
-from formulas import same_multiple, same_value
-from wording import CLOCK, split_choice, split_unit, tidy, with_thousands, words
+from formulas import exceeds_one, same_multiple, same_value
+from wording import CLOCK, split_choice, split_unit, tidy, words
 
 
 def equivalent(one: str, other: str) -> bool:
     """Whether two answers are equal, whichever is the reference. May hang: see grader.py."""
+    if one == other or max(len(one), len(other)) > LONGEST:
+        return one == other
     (letter, text), (other_letter, other_text) = split_choice(tidy(one)), split_choice(tidy(other))
     if letter and other_letter and letter != other_letter:
         return False
     if not (text and other_text):  # of a choice with its text either is enough
         return bool(letter and other_letter)
-    # "100,101" is a number, or a list if the other answer is one for certain.
-    number, other_number = with_thousands(text), with_thousands(other_text)
-    is_certain = (number == text) != (other_number == other_text)
-    return same_list(number, other_number) or is_certain and same_list(text, other_text)
+    if same_list(elements(text), elements(other_text)):
+        return True
+    # "100,101" is a number, but next to what can only be a list it is one as well.
+    listed, other_listed = (re.sub(THREE_DIGITS, ", ", t) for t in (text, other_text))
+    is_certain = (listed == text) != (other_listed == other_text)
+    return is_certain and same_list(elements(listed), elements(other_listed))
 
 
 # --- lists, intervals, tuples, matrices --------------------------------------------------------
-BRACKETS = re.compile(r"(\\\{|\\langle|[(\[{])|(\\\}|\\rangle|[)\]}])|\\\\")
-SEPARATOR = r"[,;]|\\cup(?![a-zA-Z])|\b(?:and|or)\b"
+LONGEST = 3000  # characters; what is longer is equal to itself alone
+BRACKETS = r"(\\\{|\\langle|[(\[{])|(\\\}|\\rangle|[)\]}])|\\\\"
+THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
+THREE_DIGITS = r"(?<=\b[1-9]\d\d),(?=[1-9]\d\d\b)"
+SEPARATOR = r"[,;]|\\cup(?=\s*(?:[(\[]|\\\{))|\\lor(?![a-zA-Z])|\b(?:or|and)\b"
+SEPARATOR_OF_CONDITIONS = SEPARATOR.replace("|and", "")  # x > 1 and x < 2 is one condition
 SET_BUILDER = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\in[^|:]*)?(?:\||\\mid|:)(.*)\\\}")
 MEMBER = re.compile(r"[a-zA-Z]\s*\\in(?![a-zA-Z])")  # x in ...
-RELATION = re.compile(r"(\\(?:le|ge|ne|approx)(?![a-zA-Z])|[<>=])")
-MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}(.*)\\end\{\1\}")
+RELATION = r"\\(?:le|ge|ne|approx)(?![a-zA-Z])|[<>=]"
+INEQUALITY = re.compile(r"\\(?:le|ge)(?![a-zA-Z])|[<>]")
+MATRIX = re.compile(r"\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}")
 
 
-def same_list(one: str, other: str) -> bool:
+def same_list(ours: list[str], theirs: list[str]) -> bool:
     """Whether two lists, of one element or more, have the same ones in any order."""
-    ours, theirs = elements(one), elements(other)
-    equal = [[same_element(a, b) for b in theirs] for a in ours] if len(ours) == len(theirs) else []
-    return bool(equal) and all(map(any, equal)) and all(map(any, zip(*equal)))
+    left = list(theirs)
+    for element in ours:
+        found = next((i for i, other in enumerate(left) if same_element(element, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return bool(ours) and not left
 
 
 def elements(text: str) -> list[str]:
     r"""Of a list, a set, a union, alternatives: `1, 2`, `\{1, 2\}`, `x < 1 or x > 2`, `\pm 1`."""
-    text = MEMBER.sub("", SET_BUILDER.sub(r"\1", text))
+    text = MEMBER.sub("", SET_BUILDER.sub(r"\1", text)).strip()
+    left, *rest = chain(text)
+    if len(rest) == 2 and rest[0] == "=" and is_name(left) and in_brackets(rest[1])[0]:
+        text = rest[1]  # S = {1, 2}
     opening, inside, _ = in_brackets(text)
-    parts = split_outside(SEPARATOR, inside if opening == r"\{" else text)
-    signed = [re.sub(r"\\pm(?![a-zA-Z])", sign, part) for part in parts for sign in "+-"]
-    return list(dict.fromkeys(part.strip() for part in signed if part.strip()))
+    separator = SEPARATOR_OF_CONDITIONS if INEQUALITY.search(text) else SEPARATOR
+    parts = split_outside(f"{THOUSANDS}|({separator})", inside if opening == r"\{" else text)[::2]
+    signed = [part.replace(r"\pm", sign) for part in parts for sign in "+-"[: 1 + (r"\pm" in part)]]
+    return [part.strip() for part in signed if part.strip()]
 
 
 def split_outside(separator: str, text: str) -> list[str]:
-    """Split a text at the separators that stand in no brackets."""
+    """Parts of a text, and between them what its group matches outside of brackets."""
     parts, depth, start = [], 0, 0
-    for token in re.finditer(f"{BRACKETS.pattern}|({separator})", text):
+    for token in re.finditer(f"{BRACKETS}|{separator}", text):
         depth += bool(token[1]) - bool(token[2])
         if token[3] and depth == 0:
-            parts.append(text[start : token.start()])
+            parts += text[start : token.start()].strip(), token[3]
             start = token.end()
-    return [*parts, text[start:]]
+    return [*parts, text[start:].strip()]
+
+
+def chain(text: str) -> list[str]:
+    """Sides of a relation, and the relations between them; one side if it is none."""
+    return split_outside(f"({RELATION})", text)
 
 
 def in_brackets(text: str) -> tuple[str, str, str]:
     """(opening, inside, closing) of brackets around the whole text; without any ("", text, "")."""
-    depth, first = 0, BRACKETS.match(text)
-    for token in BRACKETS.finditer(text) if first and first[1] else ():
+    depth, first = 0, re.match(BRACKETS, text)
+    for token in re.finditer(BRACKETS, text) if first and first[1] else ():
         depth += bool(token[1]) - bool(token[2])
         if depth == 0:
             if token.end() < len(text):
@@ -94,25 +116,26 @@ def ordered_parts(text: str) -> tuple[tuple, list[str]] | None:
         rows = [row.split("&") for row in matrix[2].split(r"\\") if row.strip()]
         return ("matrix", *map(len, rows)), [part.strip() for row in rows for part in row]
     opening, inside, closing = in_brackets(text)
-    parts = split_outside("[,;]", inside)
+    parts = split_outside("([,;])", inside)[::2]
     if opening in ("(", "[", r"\langle") and len(parts) > 1:
         kind = opening.replace(r"\langle", "("), closing.replace(r"\rangle", ")")
-        return (*kind, len(parts)), [part.strip() for part in parts]
-    return as_interval(RELATION.split(text))
+        return (*kind, len(parts)), parts
+    return as_interval(chain(text))
 
 
 def as_interval(chain: list[str]) -> tuple[tuple, list[str]] | None:
-    r"""`-2 \le x < 1` is [-2, 1), and `x > 3` is (3, \infty). chain: sides, relations between."""
+    r"""`-2 \le x < 1` is [-2, 1), and `x > 3` is (3, \infty). chain: as of `chain`."""
     if all(relation in (">", r"\ge") for relation in chain[1::2]):
         chain = [MIRRORED.get(part, part) for part in reversed(chain)]
-    sides, relations = [side.strip() for side in chain[::2]], chain[1::2]
+    sides, relations = chain[::2], chain[1::2]
     if not relations or any(relation not in ("<", r"\le") for relation in relations):
         return None
     if len(sides) == 2 and is_name(sides[0]):
         sides, relations = [r"-\infty", *sides], ["<", *relations]
     elif len(sides) == 2 and is_name(sides[1]):
         sides, relations = [*sides, r"\infty"], [*relations, "<"]
-    if len(sides) != 3 or not is_name(sides[1]):
+    ends_are_names = any(is_name(end) and end != r"\infty" for end in sides[::2])
+    if len(sides) != 3 or not is_name(sides[1]) or ends_are_names:  # a < b < c is an order
         return None
     kind = "(" if relations[0] == "<" else "[", ")" if relations[1] == "<" else "]"
     return (*kind, 2), sides[::2]
@@ -120,50 +143,61 @@ def as_interval(chain: list[str]) -> tuple[tuple, list[str]] | None:
 
 def same_element(one: str, other: str) -> bool:
     """Whether two answers that are no lists are equal."""
-    if one.replace(" ", "") == other.replace(" ", ""):
+    if squeeze(one) == squeeze(other):
         return True
     if in_brackets(one)[0] == in_brackets(other)[0] == r"\{":  # sets in a list
-        return same_list(one, other)
+        return same_list(elements(one), elements(other))
     ours, theirs = ordered_parts(one), ordered_parts(other)
     if ours or theirs:
         return bool(ours and theirs) and ours[0] == theirs[0] and all(
             map(same_element, ours[1], theirs[1]))
-    if RELATION.search(one) or RELATION.search(other):
-        return same_relation(one, other)
+    ours, theirs = chain(one), chain(other)
+    if len(ours) > 1 and len(theirs) > 1:
+        return same_relation(ours, theirs)
+    if len(ours) > 1 or len(theirs) > 1:
+        relation, value = (ours, other) if len(ours) > 1 else (theirs, one)
+        return says_value(relation) and same_element(relation[-1], value)
     return same_quantity(one, other)
 
 
+def squeeze(text: str) -> str:
+    """The text without spaces, but for those between digits."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
+
+
 # --- relations -------------------------------------------------------------------------------
-def is_name(text: str) -> bool:
-    r"""Whether it may stand before `=`: `x`, `x_1`, `\theta`, `f(x)`, `f^{-1}(x)`, `Area`."""
-    name = r"\\?[a-zA-Z][a-zA-Z ]*'?(\^\{-1\})?(_(\w|\{[^{}]*\}))?\s*(\([\w, ]*\))?"
-    return bool(re.fullmatch(name, text.strip()))
-
-
 MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 
 
-def same_relation(one: str, other: str) -> bool:
-    """Whether two relations are equal, or a relation `x = 5` and a value."""
-    if not (RELATION.search(one) and RELATION.search(other)):
-        relation, value = (one, other) if RELATION.search(one) else (other, one)
-        left, symbol, right = outer_sides(relation)
-        says_value = symbol in ("=", r"\approx") and (is_name(left) or same_element(left, right))
-        return says_value and same_element(right, value)
-    (left, symbol, right), (other_left, other_symbol, other_right) = map(outer_sides, (one, other))
-    if symbol == other_symbol and left == other_left and same_element(right, other_right):
+def is_name(text: str) -> bool:
+    r"""Whether it may stand before `=`: `x`, `x_1`, `\theta`, `f^{-1}(x)`, `Area`, `(x, y)`."""
+    name = (r"(?!\\(?:sqrt|frac))\\?[a-zA-Z][\\a-zA-Z ]*'*"
+            r"(\^\{-1\})?(_(\w|\{[^{}]*\}))?\s*(\([\w, ]*\))?")
+    return bool(re.fullmatch(rf"\(?\s*{name}(\s*,\s*{name})*\s*\)?", text))
+
+
+def says_value(relation: list[str]) -> bool:
+    """Whether it names its last side: `x = 5`, `x = 2 + 3 = 5`, `2 + 3 = 5`; not `x + 2 = 5`."""
+    first, *others, last = relation[::2]
+    are_equal = all(symbol in ("=", r"\approx") for symbol in relation[1::2])
+    left = others if is_name(first) else [first, *others]
+    return are_equal and all(same_element(side, last) for side in left)
+
+
+def same_relation(ours: list[str], theirs: list[str]) -> bool:
+    """Whether two relations are equal, as `chain` has them."""
+    if ours[1::2] == theirs[1::2] and all(map(same_element, ours[::2], theirs[::2])):
         return True
+    if says_value(ours) and says_value(theirs):
+        return ours[0] == theirs[0] and same_element(ours[-1], theirs[-1])
+    if len(ours) > 3 or len(theirs) > 3:
+        return False
     # As (left - right) compared with 0: one must be a multiple of the other.
+    (left, symbol, right), (other_left, other_symbol, other_right) = ours, theirs
     factor = same_multiple(f"({left})-({right})", f"({other_left})-({other_right})")
     if symbol in MIRRORED and factor < 0:
         symbol = MIRRORED[symbol]
     return symbol == other_symbol and factor != 0
-
-
-def outer_sides(relation: str) -> tuple[str, str, str]:
-    """The first side, the relation and the last side, of a chain as well: `x = 2 + 3 = 5`."""
-    left, symbol, *_, right = RELATION.split(relation)
-    return left.strip(), symbol, right.strip()
 
 
 # --- quantities ------------------------------------------------------------------------------
@@ -176,13 +210,12 @@ def same_quantity(one: str, other: str) -> bool:
         return False
     if unit in CLOCK or other_unit in CLOCK:
         return ours.removesuffix(":00").lstrip("0") == theirs.removesuffix(":00").lstrip("0")
-    if same_value(ours, theirs):
-        return True
-    if unit != other_unit and "percent" in (unit, other_unit):
-        ours, theirs = (rf"{value} \cdot 10^{{-2}}" if which == "percent" else value
-                        for value, which in ((ours, unit), (theirs, other_unit)))
+    if unit == other_unit or "percent" not in (unit, other_unit):
         return same_value(ours, theirs)
-    return False
+    # 50% is 0.5, and 50 as well: there the sign is missing.
+    share, plain = (ours, theirs) if unit == "percent" else (theirs, ours)
+    return same_value(rf"{share} \cdot 10^{{-2}}", plain) or (
+        same_value(share, plain) and exceeds_one(plain))
 
 
 # --- a worker of grader.py -------------------------------------------------------------------

@@ -12,15 +12,22 @@ from functools import lru_cache
 from random import Random
 
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify.grader import should_treat_as_complex
-from sympy import Expr, Float, Rational, sign, simplify
+from sympy import Expr, Float, I, PrecisionExhausted, Rational, nan, sign, zoo
 
 LEAST_DIGITS = 6  # of a decimal that may stand for an exact number
-DIGITS = 500  # in which formulas are evaluated
-POINTS = 5  # at which those with variables are
+PRECISION = 3000  # digits; what is 0 in so many is 0
+POINTS = 8  # at which formulas with variables are compared
 POWER_OF_TEN = re.compile(r"\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*([+-]?\d+)\s*\}?$")
-NUMBER = re.compile(r"[+-]?(\d{1,1000}\.?\d{0,1000}|\.\d{1,1000})(e[+-]?\d{1,4})?", re.IGNORECASE)
+NUMBER = re.compile(
+    r"([+-]?) ?((?:\d{1,3}(?:([ ,])\d{3})(?:\3\d{3}){0,300}|\d{0,1000})(?:\.\d{0,1000})?)"
+    r"(e[+-]?\d{1,4})?", re.IGNORECASE)
 READER = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+LETTERS = ConversionConfig(lowercase_symbols=False)
+# What the reader takes for something else: "5{6}" for 5 + 6, "1 2" for 12, "f'" for f, and so on.
+MISREAD = re.compile(r"(?<![_^\d])\d+\s*\{|\d\s+\d|['\"$]|dots|phantom|\.\d*\.|\d_|(?<!\d)0[xbo]"
+                     r"|(?<!sqrt)\[|\^\s*\{?\s*T(?![a-zA-Z])", re.IGNORECASE)
 
 
 def same_value(one: str, other: str) -> bool:
@@ -35,14 +42,23 @@ def same_value(one: str, other: str) -> bool:
     if same_formula(Rational(Fraction(number)), formula):
         return True
     _, digits, exponent = number.as_tuple()
-    is_decimal = exponent != 0
-    return is_decimal and number == rounded(formula, max(len(digits), LEAST_DIGITS))
+    is_decimal = exponent != 0 and len(digits) >= LEAST_DIGITS
+    return is_decimal and number == rounded(formula, len(digits))
 
 
 def written_number(text: str) -> Decimal | None:
-    r"""The value of `-1.50`, `2e3`, `2 \times 10^{3}`; None for other texts."""
-    text = POWER_OF_TEN.sub(r"e\1", text).replace(" ", "")
-    return Decimal(text) if NUMBER.fullmatch(text) else None
+    r"""The value of `-1.50`, `1,234`, `2e3`, `2 \times 10^{3}`; None for other texts."""
+    match = NUMBER.fullmatch(POWER_OF_TEN.sub(r"e\1", text))
+    if not match or not re.search(r"\d", match[2]):
+        return None
+    return Decimal(match[1] + re.sub("[ ,]", "", match[2]) + (match[4] or ""))
+
+
+def exceeds_one(text: str) -> bool:
+    """Whether a number or a formula is known to be above 1."""
+    number = written_number(text)
+    value = rounded(read(text), LEAST_DIGITS) if number is None else number
+    return value is not None and value > 1
 
 
 # --- formulas --------------------------------------------------------------------------------
@@ -52,30 +68,27 @@ def read(text: str) -> Expr | None:
 
     Only Math-Verify's LaTeX reader is used: the one for plain expressions ends in Python's `eval`.
     """
+    if MISREAD.search(text):
+        return None
     try:
-        formula = latex2sympy(normalize_latex(text, READER), normalization_config=None,
-                              is_real=not should_treat_as_complex(text), convert_degrees=False)
+        formula = latex2sympy(
+            normalize_latex(text, READER), normalization_config=None, conversion_config=LETTERS,
+            is_real=not should_treat_as_complex(text), convert_degrees=False)
     except (MemoryError, RecursionError):
         raise  # a failure of the grader, which counts it
     except Exception:  # a box may hold any text, and the reader fails in any way
         return None
     if not isinstance(formula, Expr):  # a set, a truth value
         return None
-    return formula.xreplace({number: Rational(str(number)) for number in formula.atoms(Float)})
+    exact = {number: Rational(str(number)) for number in formula.atoms(Float)}
+    return formula.xreplace(exact | {s: I for s in formula.free_symbols if s.name == "i"})
 
 
 def same_formula(one: Expr | None, other: Expr | None) -> bool:
     """Whether two formulas have the same value, whatever their variables are."""
-    if one is None or other is None:
+    if one is None or other is None or one.has(zoo, nan) or other.has(zoo, nan):
         return False
-    if one == other:
-        return True
-    points = values_at_points(one, other)
-    if all(agree(ours, theirs) for ours, theirs in points):
-        return True
-    # An exact 0 may come as a tiny number, none of whose digits is right.
-    is_tiny = any(value.is_finite and abs(value) < 1e-50 for pair in points for value in pair)
-    return bool(is_tiny and simplify(one - other) == 0)
+    return one == other or all(is_zero(a - b) for a, b in values_at_points(one, other))
 
 
 def same_multiple(one: str, other: str) -> int:
@@ -84,28 +97,35 @@ def same_multiple(one: str, other: str) -> int:
     ours, theirs = read(one), read(other)
     if ours is None or theirs is None or not theirs.free_symbols:
         return 0
-    ratios = [value / divisor for value, divisor in values_at_points(ours, theirs) if divisor != 0]
-    is_constant = ratios and all(agree(ratios[0], ratio) for ratio in ratios)
-    return int(sign(ratios[0])) if is_constant and ratios[0].is_real else 0
+    (a, b), *others = values_at_points(ours, theirs)
+    if is_zero(a) or is_zero(b) or not all(is_zero(a * d - b * c) for c, d in others):
+        return 0
+    ratio = (a / b).evalf(LEAST_DIGITS)
+    return int(sign(ratio)) if ratio.is_real else 0
 
 
 def values_at_points(one: Expr, other: Expr) -> list[tuple[Expr, Expr]]:
-    """Values of both at the same points, by chance but always the same; one without variables."""
+    """Both at the same points, by chance but always the same ones, of either sign, near to 0 and
+    far from it. Without variables there is one point."""
     names = sorted({symbol.name for symbol in one.free_symbols | other.free_symbols})
     points = []
     for k in range(POINTS if names else 1):
-        at = {name: Rational(Random(f"{name} {k}").randint(-3000, 3000), 1009) for name in names}
+        at = {}
+        for i, name in enumerate(names):
+            size = Random(f"{name} {k}").randint(200, 3000)
+            at[name] = Rational(size, 1009 if k < POINTS / 2 else 91) * (-1) ** (k >> i)
         points.append(tuple(
             formula.xreplace({symbol: at[symbol.name] for symbol in formula.free_symbols})
-            .evalf(DIGITS) for formula in (one, other)))
+            for formula in (one, other)))
     return points
 
 
-def agree(one: Expr, other: Expr) -> bool:
-    """Whether two values are equal but for rounding: in all digits but ten."""
-    if not (one.is_finite and other.is_finite):  # infinite, or no number
-        return False
-    return bool(abs(one - other) <= max(abs(one), abs(other)) * Float(10) ** (10 - DIGITS))
+def is_zero(value: Expr) -> bool:
+    """Whether a number is 0: exactly, or in as many digits as are looked at."""
+    try:
+        return value.evalf(2, maxn=PRECISION, strict=True) == 0
+    except PrecisionExhausted:
+        return True
 
 
 def rounded(formula: Expr | None, digits: int) -> Decimal | None:

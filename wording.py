@@ -12,26 +12,36 @@ SYMBOLS = {  # what models and data sets write in Unicode
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ",
     "°": r"^\circ ", "℃": r"^\circ C", "²": "^2", "³": "^3", "½": r"\frac12 ", "√": r"\sqrt ",
-    "£": r"\pounds ", "€": r"\euro ", "¥": r"\yen ", "、": ",", "。": ".",
+    "£": r"\pounds ", "€": r"\euro ", "¥": r"\yen ", "¢": " cent ", "、": ",", "。": ".", "∣": "|",
+    "或": " or ", "和": " and ",
 }
 END = r"(?![a-zA-Z])"  # of a command: \le, but not \left
 LOOKS = {  # what only changes how an answer looks
-    r"(?<!\\)\\[()\[\]]|(?<!\\)\$|\*\*": " ",  # around a formula; around bold text in Markdown
-    rf"\\(?:left|right|[bB]igg?[lr]?|displaystyle|[lL]arge|LARGE|[hH]uge){END}\s*": "",
+    r"(?<!\\)\\[()\[\]]|(?<!\\)\$|^\s*\*\*|\*\*\s*$": " ",  # around formulas; bold in Markdown
+    r"^\s*(?i:(?:the )?(?:final )?answer(?: is|:)|option\b|choice\b):?": "",
+    rf"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|[lL]arge|LARGE|[hH]uge){END}\s*": "",
+    r"\\lbrace": r"\\{", r"\\rbrace": r"\\}",
     r"\\(?:text)?color\s*\{[^{}]*\}": "",
+    r",\\!\s*|(?<=\d)\{,\}(?=\d)": "",  # in a number, for thousands
     r"\\!\s*": "",
     r"\b([apAP])\.?[mM]\b\.?": r"\1m",
     r"(?<![a-zA-Z])\{\s*([,:])\s*\}": r"\1",
     rf"(?<!\\)\\[,;: ]|~|\\q?quad{END}|\s+": " ",
-    r"\\[dtc]frac": r"\\frac",
+    r"\\[dtc]frac": r"\\frac", r"\\frac\s*(\d)": r"\\frac{\1}",
+    r"(\\frac\{[^{}]*\})\s*(\d)": r"\1{\2}",
+    r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)": r"\1\\frac{\2}{\3}",  # a mixed number
+    r"\^\s*(-\s*(?:\d+|[a-zA-Z]))": r"^{\1}",
+    r"(?<![\\a-zA-Z])(pi|sqrt)(?![a-zA-Z])": r"\\\1 ", r"\\sqrt\s*\(([^()]*)\)": r"\\sqrt{\1}",
     rf"\\(?:leqslant|leq|le){END}|<=": r"\\le ",
     rf"\\(?:geqslant|geq|ge){END}|>=": r"\\ge ",
     rf"\\neq?{END}|!=": r"\\ne ",
     r"\\\{\s*\\\}|\\varnothing": r"\\emptyset ",
+    "平方": " square ", "立方": " cubic ",
 }
-FONT = rf"\\(?:text|math|boldsymbol|bm|mbox|emph|underline)(?:bf|it|rm|normal|sf|tt)?{END}\s*"
+FONT = rf"\\(?:text|math|boldsymbol|bm|mbox|emph|underline|boxed)(?:bf|it|rm|normal|sf|tt)?{END}\s*"
 SCALES = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}",
-          "trillion": "10^{12}", "dozen": "12"}
+          "trillion": "10^{12}", "dozen": "12", "百": "10^{2}", "千": "10^{3}", "万": "10^{4}",
+          "亿": "10^{8}"}
 
 
 def tidy(text: str) -> str:
@@ -54,7 +64,9 @@ def tidy(text: str) -> str:
 def _plain_text(match: re.Match) -> str:
     r"""The content of a \text{...}. After a number, a letter in it is a unit: 5\text{ m/s}."""
     content, before = match[1], match.string[: match.start()].rstrip()
-    if re.search(r"[\d})/]$", before):
+    if not match[0].startswith((r"\text", r"\mathrm", r"\mbox")):  # a vector: 5\mathbf{m}
+        return f" {content} " if before[-1:].isalpha() else content
+    if re.search(r"(?:[\d})/]|\\cdot)$", before):
         content = re.sub(r"\b[a-zA-Z]{1,2}\b", lambda unit: UNITS.get(unit[0], unit[0]), content)
     return f" {content} "
 
@@ -62,14 +74,19 @@ def _plain_text(match: re.Match) -> str:
 def _tidy_numbers(text: str) -> str:
     r"""50\%, 90^\circ, 5 million, 0.\dot{3} and 0.\overline{3} as words and formulas."""
     text = re.sub(r"\\?%", " percent ", text)
-    text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", " degree ", text)
+    text = re.sub(r"(?<=\d )([mgshLNJWVK]|in)(?=[ /^.]|$)", lambda unit: UNITS[unit[0]], text)
+    circle = r"(?:\{\s*\})?\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree"
+    text = re.sub(rf"(\\(?:sin|cos|tan|cot))\s*[({{]?\s*([\d.]+)\s*(?:{circle})\s*[)}}]?",
+                  r"\1(\\frac{\2\\pi}{180})", text)
+    text = re.sub(circle, " degree ", text)
     text = re.sub(r"degrees?\s+C(elsius)?\b", " celsius ", text, flags=re.IGNORECASE)
     text = re.sub(r"degrees?\s+F(ahrenheit)?\b", " fahrenheit ", text, flags=re.IGNORECASE)
-    text = re.sub(rf"(?<=[\d}}])\s*({'|'.join(SCALES)})s?\b",
+    text = re.sub(rf"(?<=[\d}}])\s*({'|'.join(SCALES)})(?:s?\b|(?<=[百千万亿]))",
                   lambda match: rf" \times {SCALES[match[1].lower()]} ", text, flags=re.IGNORECASE)
     text = re.sub(r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?",
                   lambda match: rf"\overline{{{''.join(filter(None, match.groups()))}}}", text)
-    return re.sub(r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", _repeating_decimal, text)
+    return re.sub(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d{1,100})\}?",
+                  _repeating_decimal, text)
 
 
 def _repeating_decimal(match: re.Match) -> str:
@@ -89,17 +106,16 @@ def _closing_brace(text: str) -> int:
     return -1
 
 
-def with_thousands(text: str) -> str:
-    """The answer, with 1,234 and 1 234 read as one number."""
-    number = r"(?<![\d.,])\d{1,3}(?:[ ,]\d{3})+(?![\d,])"
-    return re.sub(number, lambda match: re.sub("[ ,]", "", match.group()), text)
-
-
 def split_choice(text: str) -> tuple[str, str]:
-    """(letter, text) of a multiple choice: "(C) 8", "C. 8", "(C)", "C"; ("", text) of the rest."""
-    text = re.sub(r"^(?:option|choice|answer)\b\s*:?\s*", "", text, flags=re.IGNORECASE)
-    match = re.fullmatch(r"(?:\(\s*([A-J])\s*\)|([A-J])[.)]|([A-J])$)\s*:?\s*(.*)", text)
-    return (match[1] or match[2] or match[3], match[4]) if match else ("", text)
+    """(letter, text) of a multiple choice: "(C) 8", "C. 8", "(C)", "C"; ("", text) of the rest.
+
+    Two letters are no choice, nor is one in a formula or a list: "(A) or (B)", "(A) + 1".
+    """
+    mark = r"(?:\(\s*([A-J])\s*\)|([A-J])[.):])"
+    match = re.fullmatch(rf"{mark}(?: (?!(?:and|or)\b|[,;/+=^_(]|- |\\c[au]p)(.*)|$)|([A-J])", text)
+    if not match or re.search(mark, match[3] or ""):
+        return "", text
+    return match[1] or match[2] or match[4], match[3] or ""
 
 
 # --- words and units ---------------------------------------------------------------------------
@@ -115,19 +131,26 @@ UNITS = {spelling: line.split()[0] for line in """
 """.replace("\n", "|").split("|") for spelling in line.split()}
 CURRENCIES = {r"\$": "dollar", r"\euro": "euro", r"\pounds": "gbp", r"\yen": "yuan"}
 CLOCK = ("am", "pm")
-NUMBER_WORDS = """
-    squared cubed factorial half halves third thirds quarter quarters fourth fourths fifth fifths
-    tenth tenths hundredths thousandths times plus minus over divided choose mod base remainder
-    more less not zero one two three four five six seven eight nine ten eleven twelve twenty point
-    abc sin cos tan log exp gcd lcm arg det dim
-""".split()  # after a number they change it
+NUMBER_WORDS = set("""
+    half halves third fourth quarter fifth sixth seventh eighth ninth tenth twelfth sixteenth
+    hundredth thousandth millionth billionth one two three four five six seven eight nine ten eleven
+    twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty
+    sixty seventy eighty ninety zero lakh crore quadrillion score gross pair double doubled triple
+    tripled twice halved squared cubed factorial root inverse reciprocal conjugate complement
+    opposite negative negated imaginary times plus minus over divided multiplied added subtracted
+    raised choose mod modulo rem remainder remaining base binary octal hexadecimal ternary more less
+    fewer above below minimum maximum max not wrong false incorrect none never neither except unless
+    undefined impossible infinite infinity exclusive point abc abcd sin cos tan log exp cosh sinh
+    cosine sine logarithm gcd lcm arg det dim ceil floor
+""".split())  # after a number they may change it
+CHANGING = re.compile("[百千万亿倍半折成负不以上下零一二两三四五六七八九十]")
 
-# Words have three letters or more, or are "no", or stand in this table; "in" is no unit by itself.
+# Words have three letters or more, or are "no", or stand in this table.
 SHORT_UNITS = "|".join(unit for unit in UNITS if len(unit) > 1 and unit != "in" and unit.isascii())
 WORD = (rf"(?<![\\a-zA-Z_{{])(?:{SHORT_UNITS}|sq)s?{END}"
         r"|(?<![\\\w{^])(?:[a-zA-Z]{3,}|no\b)|[\u4e00-\u9fff]+")
 POWER = r"\s*\^\s*\{?\s*-?[1-3]\s*\}?|(?<=[a-zA-Z])[23]"
-UNIT = rf"(?:{WORD}|/\s*[a-zA-Z]{END}|{POWER}|[\s/.()])+"
+UNIT = re.compile(rf"{WORD}|/\s*[a-zA-Z]{END}|{POWER}|[\s/.()]|\\cdot{END}", re.IGNORECASE)
 
 
 def split_unit(text: str) -> tuple[str | None, str]:
@@ -135,17 +158,16 @@ def split_unit(text: str) -> tuple[str | None, str]:
 
     Words that are no unit of a number are no formula: (None, "").
     """
-    for sign, unit in CURRENCIES.items():
-        if sign in text:
-            return text.replace(sign, "", 1).strip(), unit
-    if match := re.fullmatch(r"(\d+)\s*_\s*\{?\s*(\d+)\s*\}?", text):
-        return match[1], f"base {match[2]}"
+    if money := re.fullmatch(r"([+-]?)\s*(\\\$|\\euro|\\pounds|\\yen)\s*(.*)", text):
+        return money[1] + money[3], CURRENCIES[money[2]]
+    if based := re.fullmatch(r"(\d+)\s*_\s*\{?\s*([2-9]|[1-3]\d)\s*\}?", text):
+        return based[1], f"base {based[2]}"
     first = re.search(WORD, text, re.IGNORECASE)
     if first is None:
         return text, ""
     formula, tail = text[: first.start()].rstrip(" ("), text[first.start() :]
     found = re.findall(WORD, tail, re.IGNORECASE)
-    if (re.fullmatch(UNIT, tail, re.IGNORECASE) and all(map(_may_be_unit, found))
+    if (not UNIT.sub("", tail) and all(map(_may_be_unit, found))
             and re.search(r"\d|\\[a-zA-Z]", formula)):
         return formula, _unit_name(tail)
     return (text, "") if re.search(r"[+*=^_|\\]", text) else (None, "")
@@ -153,9 +175,11 @@ def split_unit(text: str) -> tuple[str | None, str]:
 
 def _may_be_unit(word: str) -> bool:
     """Whether a word after a number says what is counted. One without a vowel may be variables."""
-    word = word.lower()
-    is_known = _singular(word) in UNITS or word == "sq" or not word.isascii()
-    return is_known or word not in NUMBER_WORDS and bool(re.search("[aeiou]", word))
+    singular = _singular(word.lower())
+    if not word.isascii():
+        return not CHANGING.search(word)
+    is_known = word in UNITS or singular in UNITS or word.lower() == "sq"
+    return is_known or singular not in NUMBER_WORDS and bool(re.search("[aeiou]", word.lower()))
 
 
 def _singular(word: str) -> str:
@@ -166,7 +190,7 @@ def _unit_name(tail: str) -> str:
     """One name for all spellings of a unit: "inch2" for "square inches" and "in^2"."""
     names, power = [], ""
     for token in re.findall(r"-?\d|/|[^\W\d_]+", tail.replace(" per ", "/")):
-        word = _singular(token.lower())
+        word = token if token in UNITS else _singular(token.lower())
         if token[-1].isdigit():
             names[-1:] = [name + token for name in names[-1:]]
         elif word in ("square", "sq", "cubic"):
