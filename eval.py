@@ -30,7 +30,7 @@ from data import encode_prompt, load_prompts, read_rows, sample_rows
 from grader import Grader
 from metrics import as_table, summarise
 from model import add_model_flags, load_model
-from run import InputError, append_rows, join_ranks, non_negative, on_every_rank, on_rank0
+from run import InputError, append_rows, join_ranks, number, on_every_rank, on_rank0
 from run import parse_flags, positive_int, print0, read_json, run_script, share_out, write_json
 from sampler import add_sampler_flags, draw, make_sampler
 
@@ -43,7 +43,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--eval-split", default="test", help="given like --split")
     add("--eval-every", type=positive_int, default=20, help="steps; first and last are always run")
     add("--eval-samples", type=positive_int, default=4, help="k of avg@k; the paper: 8")
-    add("--eval-temperature", type=non_negative, default=1.0, help="0: the most likely token")
+    add("--eval-temperature", type=number(float, 0, 100), default=1.0,
+        help="0: the most likely token")
 
 
 def evaluate(sampler, grader, problems: list[Problem], args, timer=nullcontext) -> dict:
