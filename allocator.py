@@ -109,7 +109,8 @@ def summarise_samples(prompts, is_right, norms, num_prompts: int) -> dict[str, n
     prompts: the row of each sample's prompt, integers; is_right: booleans; norms: the gradient norm
     of each sample; (samples,) each. accept_rate is p = num_right / num_drawn, 0 without samples.
     norm_right and norm_wrong, G over right and over wrong samples, are root mean squares, as in the
-    derivation (Algorithm 2 writes the mean); 0 without any. Raises ValueError naming the argument.
+    derivation (Algorithm 2 writes the mean); 0 without any. Norms that are NaN or infinite are left
+    out of them. Raises ValueError naming the argument.
     """
     prompts, is_right, norms = np.asarray(prompts), np.asarray(is_right), np.asarray(norms)
     if not prompts.shape == is_right.shape == norms.shape == (prompts.size,):
@@ -124,13 +125,17 @@ def summarise_samples(prompts, is_right, norms, num_prompts: int) -> dict[str, n
         return np.bincount(prompts, values, minlength=num_prompts)
 
     num_drawn, num_right = total(np.ones(len(prompts))), total(is_right)
-    square_right, square_wrong = np.where(is_right, norms**2, 0), np.where(is_right, 0, norms**2)
+    is_known = np.isfinite(norms)
+
+    def root_mean_square(chosen: np.ndarray) -> np.ndarray:  # of norms: (samples,), booleans
+        return np.sqrt(total(np.where(chosen, norms, 0) ** 2) / np.maximum(total(chosen), 1))
+
     return {
         "num_right": num_right.astype(int),
         "num_drawn": num_drawn.astype(int),
         "accept_rate": num_right / np.maximum(num_drawn, 1),
-        "norm_right": np.sqrt(total(square_right) / np.maximum(num_right, 1)),
-        "norm_wrong": np.sqrt(total(square_wrong) / np.maximum(num_drawn - num_right, 1)),
+        "norm_right": root_mean_square(is_right & is_known),
+        "norm_wrong": root_mean_square(~is_right & is_known),
     }
 
 

@@ -33,8 +33,10 @@ FORMAT = 3  # of a run's folder. A change of RunState, or of what a flag means, 
 LEFT_BY_A_RUN = ("args.json", "log.jsonl", "samples.jsonl", "checkpoints")
 CHECKPOINT = "step-" + 6 * "[0-9]"  # other names beside these are somebody else's
 # What the log counts from the start of the run; all other metrics are of one step.
-TOTALS = ("samples", "tokens", "updates", "updates_empty", "updates_not_finite", "grader_failures")
+TOTALS = ("samples", "samples_not_finite", "tokens", "updates", "updates_empty",
+          "updates_not_finite", "grader_failures")
 PHASES = ("sample", "sync", "grade", "score", "train", "eval", "save")  # what its seconds are for
+SMALL_GAP, LARGE_GAP = 0.01, 0.1  # of sampler_gap, nats a token; rounding stays below the first
 SHOWN = "step samples accept_rate predicted_accept_rate loss eval_accuracy seconds".split()
 # Checkpoints hold whole tensors under plain names, so that any number of ranks can load them.
 WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -67,10 +69,13 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     saved: int = -1  # the step of the newest checkpoint
     plan: dict | None = None  # of the E-step, where one serves several steps: see gvm.e_step
+    plan_flags: dict = field(default_factory=dict)  # those that made it
     predictor: dict = field(default_factory=dict)  # what Predictor has learnt: arrays
     problems: dict[str, str] = field(default_factory=dict)  # by name of the data: their digest
     last_solved: int = 0  # the last step that had a right sample
-    not_finite: int = 0  # updates in a row, until now, whose gradient was not finite
+    last_update: int = 0  # the last step that had an update
+    gap_is_said: bool = False  # a warning of sampler_gap has been printed
+    not_finite: int = 0  # updates in a row, until now, that were not finite
     log_bytes: int = 0  # the length of log.jsonl
     samples_bytes: int = 0  # the length of samples.jsonl
 
@@ -83,10 +88,14 @@ class RunState:
         self.seconds[phase] += time.perf_counter() - start - inside
 
 
-def watch_divergence(state: RunState, metrics: dict) -> None:
-    """Warn of ten steps without a right sample; RunError after ten updates that were not finite."""
-    state.not_finite = 0 if metrics.get("updates") else state.not_finite
+def watch_run(state: RunState, metrics: dict, args) -> None:
+    """Warn of ten steps that teach nothing; RunError after ten updates that were not finite."""
+    watch_sampler(state, metrics.get("sampler_gap") or 0.0, args)
+    if metrics.get("updates"):
+        state.not_finite, state.last_update = 0, state.step
     state.not_finite += metrics.get("updates_not_finite", 0)
+    if metrics.get("samples_not_finite"):  # those of a policy that is NaN are wrong: no updates
+        state.not_finite += metrics.get("updates_empty", 0)
     if state.not_finite >= 10:
         raise RunError("ten updates in a row were not finite; --resume with a lower --lr")
     if metrics.get("accept_rate"):
@@ -94,6 +103,22 @@ def watch_divergence(state: RunState, metrics: dict) -> None:
     if state.last_solved and state.step == state.last_solved + 10:
         print0("warning: no sample of the last ten steps was right; if the run has diverged, "
                f"go on from a checkpoint before step {state.last_solved}, with a lower --lr")
+    elif state.step == state.last_update + 10:
+        print0("warning: no update in the last ten steps: no prompt had samples that teach, right "
+               "ones, or for GRPO right and wrong ones; take easier problems, a higher "
+               "--samples-per-prompt, or a better model")
+
+
+def watch_sampler(state: RunState, gap: float, args) -> None:
+    """Warn once if samples are not quite the policy's; RunError if they are not, from the start."""
+    reason = (f"the sampler's log-probs are off by {gap:.2g} nats a token: it does not have the "
+              "trainer's model, but another dtype or version of it")
+    remedy = "--truncated-is 2, which lets tokens count less that the trainer finds less likely"
+    if gap > LARGE_GAP and not state.last_update and args.truncated_is is None:
+        raise RunError(f"{reason}; mend that, or --resume with {remedy}")
+    if gap > SMALL_GAP and not state.gap_is_said:
+        state.gap_is_said = True
+        print0(f"warning: {reason}; see {remedy}")
 
 
 def note_problems(state: RunState, data: dict[str, list[Problem]]) -> None:

@@ -32,7 +32,7 @@ from files import append_rows, read_json, read_rows, write_json
 from grader import REWARDS, Grader, add_reward_flags
 from metrics import as_table, summarise
 from model import add_model_flags, check_prompts, load_model
-from run import InputError, join_ranks, non_negative, on_every_rank, on_rank0, parse_flags
+from run import InputError, join_ranks, number, on_every_rank, on_rank0, parse_flags
 from run import positive_int, print0, run_script, share_out
 from sampler import add_sampler_flags, draw, make_sampler
 
@@ -45,7 +45,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("--eval-split", default="test", help="given like --split")
     add("--eval-every", type=positive_int, default=20, help="steps; first and last are always run")
     add("--eval-samples", type=positive_int, default=4, help="k of avg@k; the paper: 8")
-    add("--eval-temperature", type=non_negative, default=1.0, help="0: the most likely token")
+    add("--eval-temperature", type=number(float, 0, 100), default=1.0,
+        help="0: the most likely token")
 
 
 def evaluate(sampler, grader, problems: list[Problem], args, timer=nullcontext) -> dict:

@@ -16,10 +16,11 @@ from allocator import allocate, gvm_weights, reward_weights, summarise_samples
 from batches import fill_norms, prompt_states
 from data import TRAINING, Problem, Sample, problems_of_step, prompts_looked_at
 from grader import Grader
+from losses import OBJECTIVES
 from metrics import describe_pilot, describe_prediction, describe_step
 from model import Policy
 from predictor import Predictor, allocate_or_leave
-from run import InputError, Stopped, StopSignal, non_negative, number, of_rank0, positive_int
+from run import InputError, Stopped, StopSignal, number, of_rank0, on_every_rank, positive_int
 from run import print0
 from sampler import HfSampler, VllmSampler, draw
 
@@ -39,8 +40,8 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
     informs_only = args.e_step_every > 1
     reused = 0 if informs_only else pilot_size  # drawn already of each n_i
     batch, pilot = problems_of_step(problems, step, args), []
-    table = state.plan if informs_only else None
-    if not is_planned(table, step, batch):
+    table = state.plan
+    if not is_planned(state, step, batch, args):
         # The pilot: N' samples of each prompt (0 if not needed), graded, with gradient norms.
         ahead, steps = problems_ahead(problems, step, args)
         pilot = source.sample_and_grade(ahead, [pilot_size] * len(ahead), step, with_norms=True)
@@ -61,6 +62,7 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
     rest = source.sample_and_grade(batch, counts - reused, step, first_index=pilot_size)
     samples = rest if informs_only else pilot + rest
     state.plan = table if informs_only else None  # not before: a step may be given up
+    state.plan_flags = plan_flags(args)
 
     metrics = describe_step(batch, samples, drawn=pilot + rest)
     if rule.needs_pilot:
@@ -107,13 +109,22 @@ def rows_of_step(table: dict, step: int) -> dict[str, np.ndarray]:
     return {name: np.array(column)[is_mine] for name, column in table.items()}
 
 
-def is_planned(table: dict | None, step: int, batch: list[Problem]) -> bool:
-    """Whether a table is for these prompts in this step.
+def plan_flags(args) -> dict:
+    """The flags that make a plan what it is. Others decide which prompts it is for."""
+    names = ("allocator", "alpha", "beta", "samples_per_prompt", "pilot_samples", "e_step_every",
+             "weighting", "temperature", "max_response_tokens")
+    return {name: getattr(args, name) for name in names}
 
-    Not so if there is none yet, if its steps are over, or if a run was resumed with other problems.
+
+def is_planned(state, step: int, batch: list[Problem], args) -> bool:
+    """Whether state.plan is for these prompts in this step, and made with these flags.
+
+    Not so if there is none yet, if its steps are over, or if a run was resumed with other problems
+    or flags.
     """
-    ids = [problem.id for problem in batch]
-    return table is not None and rows_of_step(table, step)["id"].tolist() == ids
+    if state.plan is None or state.plan_flags != plan_flags(args):
+        return False
+    return rows_of_step(state.plan, step)["id"].tolist() == [problem.id for problem in batch]
 
 
 # --- samples, and what they say ----------------------------------------------------------------
@@ -179,8 +190,9 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
         help="not in the paper: instead of a pilot, p and G of M prompts are predicted, from "
         "--prompts-per-step upwards, and the best share --prompts-per-step times "
         "--samples-per-prompt samples")
-    add("--alpha", type=non_negative, default=1e-3, help="Eq. 7: damps small p; the paper: 1e-3")
-    add("--beta", type=number(float, low=2), default=2.0, help="Eq. 7: power of p; the paper: 2")
+    add("--alpha", type=number(float, 0, 1000), default=1e-3,
+        help="Eq. 7: damps small p; the paper: 1e-3")
+    add("--beta", type=number(float, 2, 100), default=2.0, help="Eq. 7: power of p; the paper: 2")
 
 
 def settle_budget(args: argparse.Namespace, objective: str | None = None) -> None:
@@ -200,6 +212,12 @@ def settle_budget(args: argparse.Namespace, objective: str | None = None) -> Non
                          "leave them out")
     if args.pilot_samples is None:
         args.pilot_samples = 2 if takes_pilot else 0
+    smallest = OBJECTIVES[objective].smallest_group if objective else 1
+    # Predictions may serve a single prompt; a pilot that only informs leaves some to the others.
+    most = args.samples_per_prompt * (args.prompts_per_step if predicts else 1)
+    if args.e_step_every == 1 and most < smallest:
+        raise InputError(f"--samples-per-prompt: --objective {objective} learns nothing from fewer "
+                         f"than {smallest} samples of a prompt; raise it")
     if args.e_step_every == 1 and args.samples_per_prompt < args.pilot_samples:
         raise InputError("--samples-per-prompt is below --pilot-samples (by default 2), a part of "
                          "it; raise it")
@@ -212,9 +230,9 @@ def settle_budget(args: argparse.Namespace, objective: str | None = None) -> Non
 def predicted_step(problems: list[Problem], step: int, state, source: SampleSource, args) -> tuple:
     """As e_step. p and G of --candidates-per-step prompts are predicted from the model's hidden
     states, and the best are served; state.predictor learns from their samples."""
-    predictor, candidates = Predictor(state.predictor), problems_of_step(problems, step, args)
+    candidates = problems_of_step(problems, step, args)
     states = prompt_states(source.policy, candidates, args.tokens_per_micro_batch)
-    features = predictor.features(states)
+    predictor, features = on_every_rank(start_predictor, state.predictor, states)
     p, weights = predictor.weights(features, partial(RULES[args.allocator].weights, args=args))
     budget = args.prompts_per_step * args.samples_per_prompt
     counts = of_rank0(allocate_or_leave(weights, budget, smallest=source.smallest_group))
@@ -228,3 +246,13 @@ def predicted_step(problems: list[Problem], step: int, state, source: SampleSour
     metrics = describe_step(batch, samples, drawn=samples)
     right, drawn = table["num_right"][served], table["num_drawn"][served]
     return batch, samples, metrics | describe_prediction(p[served], right, drawn)
+
+
+def start_predictor(learnt: dict, states: np.ndarray) -> tuple[Predictor, np.ndarray]:
+    """(predictor, features of states); InputError if they do not go together."""
+    try:
+        predictor = Predictor(learnt)
+        return predictor, predictor.features(states)
+    except ValueError as error:
+        raise InputError(f"--candidates-per-step: {error}; leave it out, or choose another --model "
+                         "or, with --resume, another --out") from error

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data import Sample
-from run import non_negative, number
+from run import number
 
 WEIGHTINGS = ("prompt", "token", "sequence")  # see loss_weights
 
@@ -30,11 +30,15 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     add("--weighting", choices=WEIGHTINGS, default="prompt",
         help="how prompts and samples are averaged: see losses.loss_weights")
     add("--loss", choices=LOSSES, default="raft++", help="raft: -A ln pi; raft++: Eq. 8, clipped")
-    add("--clip-low", type=non_negative, default=0.2, help="raft++: ratio >= 1 - this, if A < 0")
-    add("--clip-high", type=non_negative, default=0.28, help="raft++: ratio <= 1 + this, if A > 0")
-    add("--kl-coef", type=non_negative, default=0.0, help="of the KL to the initial model")
-    add("--truncated-is", type=number(float, low=1), metavar="C",
+    add("--clip-low", type=number(float, 0, 1), default=0.2,
+        help="raft++: ratio >= 1 - this, if A < 0")
+    add("--clip-high", type=number(float, 0, 10**6), default=0.28,
+        help="raft++: ratio <= 1 + this, if A > 0")
+    add("--kl-coef", type=number(float, 0, 1000), default=0.0, help="of KL to the initial model")
+    add("--truncated-is", type=number(float, 1, 10**6), metavar="C",
         help="weigh tokens by min(pi_old / sampler's pi, C); for a sampler_gap above 0.01")
+    add("--mask-truncated", action="store_true", help="no loss on responses that were cut; they "
+        "still count in their group's mean reward and size, and so in the others' advantages")
 
 
 # --- advantages ------------------------------------------------------------------------------

@@ -98,9 +98,11 @@ def describe_step(problems: list[Problem], samples: list[Sample], drawn: list[Sa
     that only informs. accept_rate: the share of right ones among `samples`, of which hard prompts
     may have more than their share. "never", "sometimes", "always": prompts that got samples, by how
     many of these are right; their share of those prompts, and of the samples.
+    samples_not_finite: those whose log-probs, or gradient norm, hold NaN or infinity.
     """
     metrics = {
         "samples": len(drawn),
+        "samples_not_finite": sum(not is_finite(sample) for sample in drawn),
         "tokens": sum(len(sample.response_ids) for sample in drawn),
         "grader_failures": sum(sample.grader_failed for sample in drawn),
         "accept_rate": np.mean([sample.reward for sample in samples]) if samples else None,
@@ -119,6 +121,12 @@ def describe_step(problems: list[Problem], samples: list[Sample], drawn: list[Sa
         metrics[f"prompts_{name}"] = len(group) / max(len(served), 1)
         metrics[f"budget_{name}"] = sum(map(len, group)) / max(len(samples), 1)
     return metrics
+
+
+def is_finite(sample: Sample) -> bool:
+    """Whether the policy that drew a sample was not NaN or infinite there."""
+    numbers = sample.sampler_logprobs, sample.head_grad_norm
+    return all(np.isfinite(number).all() for number in numbers)
 
 
 def describe_pilot(table: dict, even: int, is_variance: bool) -> dict:

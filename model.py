@@ -27,7 +27,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The model, and the lengths and temperature at which it is sampled and trained."""
     add = parser.add_argument_group("model").add_argument
     add("--model", default=str(TOY), help="folder or hub name of a causal language model")
-    add("--temperature", type=number(float, low=1e-3), default=1.0,
+    add("--temperature", type=number(float, 1e-3, 100), default=1.0,
         help="divides the logits, in sampling and in training alike; the paper trains at 1")
     add("--max-prompt-tokens", type=positive_int, default=64,
         help="prompts above it are dropped before they get any budget; the paper: 1024")

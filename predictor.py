@@ -74,6 +74,16 @@ def betas(mu: np.ndarray) -> np.ndarray:
     return values / values.sum(axis=2, keepdims=True)
 
 
+def first_belief(states: np.ndarray) -> dict[str, np.ndarray]:
+    """What a Predictor believes before its first step, whose states these are."""
+    size = states.shape[1] + 1
+    known = {"centre": states.mean(axis=0), "scale": states.std(axis=0) + 1e-6}
+    known["log_evidence"] = np.zeros(len(STRENGTHS))  # of each kappa
+    for name in ("p", *LOGARITHMS):  # of p, ln p/q is linear in the features, q = 1 - p
+        known |= {f"{name}_mean": np.zeros(size), f"{name}_precision": RIDGE * np.eye(size)}
+    return known
+
+
 class Predictor:
     """Predicts p, G+ and G-, and learns from what is then drawn.
 
@@ -82,25 +92,33 @@ class Predictor:
     """
 
     def __init__(self, learnt: dict):
-        self.learnt = {name: np.asarray(values) for name, values in learnt.items()}
+        self.learnt = {name: np.asarray(values, float) for name, values in learnt.items()}
 
     def features(self, states: np.ndarray) -> np.ndarray:
-        """States standardised as the first step's were, clipped, and a 1: (prompts, features)."""
+        """States standardised as the first step's were, clipped, and a 1: (prompts, features).
+
+        A prompt with states that are NaN or infinite is taken for a mean one. Raises ValueError if
+        all are in the first step, or if what was learnt is not for states like these.
+        """
+        is_finite = np.isfinite(states).all(axis=1)
+        states = np.where(is_finite[:, None], states, 0.0)
         if states.shape[1] > NUM_STATES:  # the same random directions in every step
             directions = np.random.default_rng(0).normal(size=(states.shape[1], NUM_STATES))
             states = states @ directions / np.sqrt(states.shape[1])
-        known, size = self.learnt, states.shape[1] + 1
-        if not known:
-            known |= {"centre": states.mean(axis=0), "scale": states.std(axis=0) + 1e-6}
-            known["log_evidence"] = np.zeros(len(STRENGTHS))  # of each kappa
-            for name in ("p", *LOGARITHMS):  # of p, ln p/q is linear in the features, q = 1 - p
-                known |= {f"{name}_mean": np.zeros(size), f"{name}_precision": RIDGE * np.eye(size)}
-        standard = (states - known["centre"]) / known["scale"]
+        if not self.learnt:
+            if not is_finite.any():
+                raise ValueError("the states of all prompts are NaN or infinite")
+            self.learnt = first_belief(states[is_finite])
+        known, expected = self.learnt, first_belief(states)
+        shapes, right = ({n: x.shape for n, x in each.items()} for each in (known, expected))
+        if shapes != right:
+            raise ValueError(f"what was learnt is not for states like these: {shapes}")
+        standard = np.where(is_finite[:, None], (states - known["centre"]) / known["scale"], 0.0)
         return np.hstack([standard.clip(-10, 10), np.ones((len(states), 1))])
 
     def predict(self, features: np.ndarray, name: str) -> np.ndarray:
-        """One of LOGARITHMS, (prompts,)."""
-        return np.exp(features @ self.learnt[f"{name}_mean"])
+        """One of LOGARITHMS, (prompts,); finite, whatever was learnt."""
+        return np.exp((features @ self.learnt[f"{name}_mean"]).clip(-300, 300))
 
     def weights(self, features: np.ndarray, rule) -> tuple[np.ndarray, np.ndarray]:
         """(mu, sqrt(E[w^2])), (prompts,) each: the mean of p, and a rule's weights.

@@ -25,7 +25,7 @@ from batches import add_memory_flags, collate, distribute, fill_logprobs, gather
 from batches import micro_batches_here, per_token
 from checkpoint import LEFT_BY_A_RUN, RunState, add_folder_flags, claim_folder, load_optimizer
 from checkpoint import newest_checkpoint, note_problems, run_folder, save_checkpoint, start_log
-from checkpoint import watch_divergence, write_log, write_samples
+from checkpoint import watch_run, write_log, write_samples
 from data import BENCHMARKS, Problem, Sample, add_data_flags, load_prompts, prompts_looked_at
 from eval import add_evaluation_flags, evaluate
 from grader import REWARDS, Grader, add_reward_flags
@@ -44,9 +44,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=run.number(int, 1, 999_999), default=60, help="draws, each with updates")
     add("--updates-per-step", type=run.positive_int, default=1, help="the paper: 4")
-    add("--lr", type=run.non_negative, default=3e-4, help="of AdamW, constant; the paper: 1e-6")
-    add("--weight-decay", type=run.non_negative, default=0.01, help="of AdamW")
-    add("--grad-clip", type=run.number(float, low=1e-6), default=1.0, help="largest gradient norm")
+    number = partial(run.number, float)
+    add("--lr", type=number(0, 1), default=3e-4, help="of AdamW, constant; the paper: 1e-6")
+    add("--weight-decay", type=number(0, 1000), default=0.01, help="of AdamW")
+    add("--grad-clip", type=number(1e-6, 10**9), default=1.0, help="largest gradient norm")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -57,7 +58,7 @@ def train(args: argparse.Namespace) -> None:
     lock = claim_folder(out, LEFT_BY_A_RUN, args.resume)
     checkpoint, state = newest_checkpoint(out) if args.resume else (None, RunState())
     if state.step >= args.steps:
-        run.print0(f"{out}: is at step {state.step} of --steps {args.steps}; nothing is left to do")
+        say_finished(out, state, checkpoint, args)
         return
     policy, reference, learner, optimizer, tokenizer, problems, eval_problems = set_up(
         args, device, checkpoint, state)
@@ -93,12 +94,21 @@ def train(args: argparse.Namespace) -> None:
                     metrics |= accuracy()
                 run.on_rank0(write_log, out, state, metrics)
                 run.on_rank0(write_samples, out, state, batch[: args.keep_samples], samples)
-                run.on_every_rank(watch_divergence, state, metrics)
+                run.on_every_rank(watch_run, state, metrics, args)
                 if step % args.save_every == 0:
                     with state.timer("save"):
                         save()
         save()  # the last step, or the last before a signal
-    run.print0(f"saved in {out}/checkpoints")
+    run.print0(f"saved in {out}/checkpoints" if state.saved == state.step else "warning: the last "
+               "updates were not finite, so their steps are not saved; --resume with a lower --lr")
+
+
+def say_finished(out, state: RunState, checkpoint, args) -> None:
+    """Of a run with no step left; a signal may have left its last evaluation out."""
+    run.print0(f"{out}: is at step {state.step} of --steps {args.steps}; nothing is left to do")
+    run.print0(f"to evaluate it: eval.py --model {checkpoint} --data {args.eval_data} "
+               f"--max-prompt-tokens {args.max_prompt_tokens} "
+               f"--max-response-tokens {args.max_response_tokens}")
 
 
 def set_up(args: argparse.Namespace, device: torch.device, checkpoint, state: RunState) -> tuple:
@@ -155,6 +165,8 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
         part = [sample for sample in samples if sample.problem in chosen]
         advantages, used = OBJECTIVES[args.objective].advantages(part, args)
         weights = loss_weights(part, used, len(chosen), args.weighting)
+        if args.mask_truncated:  # their loss is 0; that they came, and were wrong, still counts
+            weights = weights * [sample.finished for sample in part]
         for sample, advantage, weight in zip(part, advantages, weights):
             sample.advantage, sample.loss_weight = advantage, weight
         # Without an advantage the loss has no gradient; the KL has one.

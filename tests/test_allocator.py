@@ -248,6 +248,14 @@ def test_samples_that_cannot_be_summarised_are_named():
             summarise_samples(**good | wrong, num_prompts=2)
 
 
+def test_norms_that_are_not_finite_are_left_out_and_their_samples_still_count_for_p():
+    table = summarise_samples(
+        prompts=np.array([0, 0, 0, 1, 1, 1]), is_right=np.array([True, True, False, True, False, False]),
+        norms=np.array([3.0, np.inf, np.nan, np.nan, 4.0, -np.inf]), num_prompts=2)
+    assert table["norm_right"].tolist() == [3.0, 0.0] and table["norm_wrong"].tolist() == [0.0, 4.0]
+    assert table["accept_rate"] == pytest.approx([2 / 3, 1 / 3]) and table["num_drawn"].tolist() == [3, 3]
+
+
 def test_estimator_variance():
     assert estimator_variance([2, 4], [3.0, 2.0]) == 2.0
     assert estimator_variance([0, 4], [0.0, 2.0]) == 0.5

@@ -270,6 +270,17 @@ FLAGS = [
     ("no-data", nothing, "eval", "one of the arguments --data --rescore is required"),
     ("data-and-rescore", nothing, "eval --data d --rescore f", "--rescore: not allowed with argument --data"),
     ("budget-below-pilot", nothing, "raft --pilot-samples 9", "--samples-per-prompt is below --pilot-samples"),
+    *[(f"huge-{flag}", nothing, f"raft --{flag} 1e300", f"argument --{flag}: 1e300: must be finite, and from {range_}")
+      for flag, range_ in {
+          "lr": "0 to 1", "weight-decay": "0 to 1000", "grad-clip": "1e-06 to 1000000000", "clip-low": "0 to 1",
+          "clip-high": "0 to 1000000", "kl-coef": "0 to 1000", "truncated-is": "1 to 1000000", "alpha": "0 to 1000",
+          "beta": "2 to 100", "temperature": "0.001 to 100", "eval-temperature": "0 to 100"}.items()],
+    ("huge-temperature-eval", nothing, "eval --data d --temperature 1e300", "argument --temperature: 1e300: must be finite"),
+    ("groups-of-one", nothing, "grpo --allocator uniform --samples-per-prompt 1",
+     "--samples-per-prompt: --objective grpo learns nothing from fewer than 2 samples of a prompt; raise it"),
+    ("groups-of-one-by-the-pilot", nothing, "grpo --pilot-samples 1 --samples-per-prompt 1", "fewer than 2 samples of a"),
+    ("groups-of-one-by-prediction", nothing, "grpo --candidates-per-step 4 --prompts-per-step 1 --samples-per-prompt 1",
+     "--samples-per-prompt: --objective grpo learns nothing from fewer than 2 samples of a prompt"),
     ("budget-below-the-pilot-of-two", nothing, "raft --samples-per-prompt 1", "--samples-per-prompt is below --pilot-samples"),
     ("pilot-of-none", nothing, "raft --pilot-samples 0", "argument --pilot-samples: 0: must be finite, and from 1"),
     ("budget-below-pilot-gvm", nothing, "table --out t --pilot-samples 9", "--samples-per-prompt is below"),

@@ -17,13 +17,17 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
+import grpo
 import raft
 import run
+import sampler
 from checkpoint import RunState, newest_checkpoint, note_problems, remove_old_checkpoints, save_checkpoint
-from checkpoint import watch_divergence, write_log
+from checkpoint import watch_run, write_log
 from data import Problem, digest_problems
 from model import load_model
 from run import InputError, RunError
+from sampler import HfSampler
 
 QUICK = [*map(str, SMALL[:-1]), "1"]  # one step
 
@@ -127,6 +131,35 @@ def test_ten_updates_that_are_not_finite_end_the_run_and_replace_no_checkpoint(d
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == kept
 
 
+@pytest.mark.parametrize("kind", [
+    (grpo, ["--candidates-per-step", "32"]), slow(raft, []), slow(raft, ["--allocator", "reward"]), slow(grpo, []),
+    slow(grpo, ["--allocator", "reward"]), slow(raft, ["--candidates-per-step", "32"])])
+def test_a_policy_that_is_nan_ends_the_run_and_is_not_saved(device, tmp_path, kind):
+    """After an update with a learning rate that the command line does not take."""
+    (script, words), out = kind, tmp_path / "run"
+    (tmp_path / "few.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    args = flags(*QUICK, "--updates-per-step", 1, "--kl-coef", 0, "--eval-data", tmp_path / "few.jsonl", "--save-every", 1,
+                 "--steps", 20, *words, "--out", out, add_flags=script.add_flags)
+    args.lr = 1e12
+    with pytest.raises(RunError, match="ten updates in a row were not finite"):
+        raft.train(args)
+    log = read_log(out)
+    first = next(line["step"] for line in log if line["updates"])  # its weights are finite; what follows from them is not
+    assert [line["step"] for line in log] == list(range(first + 11)) and log[-1]["updates"] == 1
+    assert log[-1]["samples_not_finite"] == 10 * 32 and newest_checkpoint(out)[1].step == first
+
+
+def test_what_is_not_saved_is_not_called_saved(device, tmp_path, monkeypatch, capsys):
+    def bad_loss(logprobs, old_logprobs, advantages, args):
+        return logprobs * torch.nan, logprobs > 0
+
+    monkeypatch.setitem(raft.LOSSES, "bad", bad_loss)
+    raft.main([*QUICK, "--loss", "bad", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "saved in" not in said and "updates were not finite, so their steps are not saved" in said
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_the_log_is_json_whatever_comes(device, tmp_path):
     write_log(tmp_path, RunState(step=1), {"loss": float("nan"), "kl": float("inf"), "grad_norm": 1.0, "x": None})
     line, = read_log(tmp_path)
@@ -136,9 +169,52 @@ def test_the_log_is_json_whatever_comes(device, tmp_path):
 def test_ten_steps_without_a_right_sample_are_said_once(device, capsys):
     state = RunState()
     for state.step in range(1, 40):
-        watch_divergence(state, {"accept_rate": 0.5 if 3 < state.step < 9 else 0.0, "updates": 1})
+        watch_run(state, {"accept_rate": 0.5 if 3 < state.step < 9 else 0.0, "updates": 1}, flags())
     assert capsys.readouterr().out.count("no sample of the last ten steps was right") == 1
     assert (state.last_solved, state.not_finite) == (8, 0)
+
+
+def test_ten_steps_without_an_update_are_said_until_there_is_one(device, capsys):
+    state = RunState()
+    for state.step in range(1, 60):  # right samples in all steps, but no mixed group; then in none
+        updates = int(state.step in (15, 40))
+        watch_run(state, {"accept_rate": 0.5 if state.step <= 40 else 0.0, "updates": updates, "updates_empty": 1 - updates},
+                  flags())
+        said = capsys.readouterr().out
+        assert said.count("warning") == (state.step in (10, 25, 50)), state.step
+        assert ("no sample of the last ten steps" if state.step == 50 else "no update in the last ten steps") in said or not said
+
+
+class Shifted(HfSampler):
+    """A sampler whose log-probs are off, as if its model were another than the trainer's."""
+
+    gap = 0.2
+
+    def __call__(self, *arguments):
+        return [response._replace(logprobs=response.logprobs + self.gap) for response in super().__call__(*arguments)]
+
+
+def test_a_sampler_of_another_model_ends_the_run_before_anything_is_saved(device, tmp_path, monkeypatch, capsys):
+    (tmp_path / "few.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    words = [*QUICK, "--save-every", "1", "--eval-data", str(tmp_path / "few.jsonl"), "--out", str(tmp_path / "run")]
+    monkeypatch.setitem(sampler.SAMPLERS, "hf", Shifted)
+    with pytest.raises(RunError, match="off by 0.2 nats a token: .*--resume with --truncated-is 2"):
+        raft.main(words)
+    gc.collect()  # the error held the frame that holds the lock; a process would have ended
+    assert not (tmp_path / "run" / "checkpoints").exists() and "warning" not in capsys.readouterr().out
+    raft.main([*words, "--resume", "--truncated-is", "2", "--steps", "2"])  # the remedy
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [0, 1, 2]
+    assert capsys.readouterr().out.count("off by 0.2 nats a token") == 1
+    # It has updates behind it: it is not ended, and what was said is not said again.
+    raft.main([*words, "--resume", "--steps", "3"])
+    assert newest_checkpoint(tmp_path / "run")[1].step == 3 and "nats" not in capsys.readouterr().out
+
+
+def test_a_small_gap_is_said_once_a_run(device, capsys):
+    state = RunState()
+    for state.step, gap in enumerate([None, 0.009, 0.011, 0.02, 0.5], start=1):
+        watch_run(state, {"sampler_gap": gap, "updates": 1}, flags())
+        assert capsys.readouterr().out.count("nats a token") == (state.step == 3)
 
 
 def test_a_checkpoint_from_before_the_last_right_sample_stays(tmp_path):
@@ -239,8 +315,20 @@ def test_a_finished_run_says_so(straight, capsys):
     before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file() and path.name != "lock"}
     for steps in ("2", "1"):
         raft.main([*QUICK, "--steps", steps, "--out", str(straight), "--resume"])
-        assert f"is at step 2 of --steps {steps}; nothing is left to do" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"is at step 2 of --steps {steps}; nothing is left to do" in said
+        assert f"to evaluate it: eval.py --model {straight}/checkpoints/step-000002 --data {TOY}/eval.jsonl" in said
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_signal_left_out_is_made_by_the_command_that_is_named(straight, tmp_path, capsys):
+    """With as many samples as the run's: the same figure."""
+    raft.main([*QUICK, "--steps", "2", "--out", str(straight), "--resume"])
+    words = capsys.readouterr().out.partition("to evaluate it: eval.py ")[2].split()
+    evaluation.main([*words, "--samples", "1", "--out", str(tmp_path / "made")])
+    results = json.loads((tmp_path / "made" / "summary.json").read_text())["results"]["eval"]
+    assert results["avg@1"]["mean"] == read_log(straight)[-1]["eval_accuracy"]
 
 
 @pytest.mark.slow

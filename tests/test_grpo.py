@@ -1,5 +1,6 @@
 """grpo.py: advantages and weights by hand, and runs that differ from raft.py's by them alone."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from data import Problem
 from losses import loss_weights
 from model import Policy, load_model
 from grpo import group_advantages, grpo_objective
+from raft import split_updates
 
 flags = partial(conftest.flags, add_flags=grpo.add_flags)
 # Groups of 3, 2 and 1 samples, mixed: rewards 1 0 0, 0 0 and 1; 18 tokens in all.
@@ -61,6 +63,44 @@ def test_weights_by_hand(weighting, expected):
     advantages, used = grpo_objective(SAMPLES, flags("--advantage", "loo"))
     weights = loss_weights(SAMPLES, used, 3, weighting)
     assert weights == pytest.approx(expected) and advantages.tolist() == [1, 0, -0.5, -0.5, 0, 0]
+
+
+@pytest.mark.parametrize(("weighting", "expected"), [
+    ("prompt", [1 / 27, 1 / 18, 1 / 27, 0, 0, 1 / 18]),  # of the group of three, two are left; each counts as one of three
+    ("token", [1 / 18, 1 / 18, 1 / 18, 0, 0, 1 / 18]),
+    ("sequence", [1 / 6, 1 / 18, 1 / 12, 0, 0, 1 / 18]),
+])
+def test_truncated_responses_have_no_loss_and_count_in_their_group_by_hand(weighting, expected):
+    samples, problems = [replace(sample) for sample in SAMPLES], [Problem(i, "", "") for i in range(3)]
+    samples[3].finished = samples[4].finished = False  # one of the group of three, and all of that of one
+    words = ["--advantage", "loo", "--weighting", weighting, "--updates-per-step", 1]
+    (update,) = split_updates(problems, samples, flags(*words, "--mask-truncated"))
+    assert [s.loss_weight for s in samples] == pytest.approx(expected)
+    assert [s.advantage for s in samples] == [1, 0, -0.5, -0.5, 0, 0]  # as without the flag
+    assert update == [samples[0], samples[2]]
+    (update,) = split_updates(problems, samples, flags(*words))
+    assert update == [samples[0], samples[2], samples[3]]
+    for sample in samples:
+        sample.finished = False
+    assert split_updates(problems, samples, flags(*words, "--mask-truncated")) == [[]]
+
+
+def test_truncated_responses_are_left_out_of_raft_s_loss_too():
+    right = [make_sample(0, 1.0, [1] * 3), replace(make_sample(0, 1.0, [1] * 3), finished=False)]
+    (update,) = split_updates([Problem(0, "", "")], right, conftest.flags("--mask-truncated"))
+    assert update == right[:1] and right[0].loss_weight == pytest.approx(1 / (2 * 3))  # half of the prompt's loss is gone
+
+
+def test_a_run_without_truncated_responses(device, tmp_path):
+    data = tmp_path / "few.jsonl"
+    data.write_text('{"problem": "1+1", "answer": "2"}\n')
+    logs = []
+    for name, words in (("all", []), ("finished", ["--mask-truncated"])):
+        grpo.main(["--eval-data", str(data), "--samples-per-prompt", "8", "--seed", "1", "--max-response-tokens", "26",
+                   "--steps", "1", *words, "--out", str(tmp_path / name)])
+        logs.append(read_log(tmp_path / name)[1])
+    assert logs[0]["samples"] == logs[1]["samples"] == 128 and 0 < logs[0]["truncated"] == logs[1]["truncated"] < 1
+    assert logs[0]["updates"] == logs[1]["updates"] == 1 and logs[0]["grad_norm"] != pytest.approx(logs[1]["grad_norm"], rel=0.01)
 
 
 def test_the_gradient_is_that_of_a_plain_loop(device, model_and_tokenizer):

@@ -14,8 +14,8 @@ from allocator import allocate, gvm_weights, reward_weights
 from batches import prompt_states
 from checkpoint import RunState
 from data import Problem, problems_of_step
-from gvm import SampleSource, e_step, estimate, rows_of_step, settle_budget
-from losses import OBJECTIVES
+from gvm import SampleSource, e_step, estimate, plan_flags, rows_of_step, settle_budget
+from losses import OBJECTIVES, Objective, raft_objective
 from metrics import describe_pilot, describe_prediction
 from model import Policy
 from predictor import Predictor
@@ -190,10 +190,42 @@ def test_a_predicted_step_serves_some_of_its_candidates_and_learns(tools, proble
     assert predicted[0] == pytest.approx(0.5) and len(set(predicted)) == 6
 
 
+def test_states_and_norms_that_are_not_finite_are_counted_and_teach_nothing(tools, problems, monkeypatch):
+    states_of, fill_norms = gvm.prompt_states, gvm.fill_norms
+
+    def some_states(*arguments):
+        states = states_of(*arguments)
+        states[3], states[5, 2] = np.nan, np.inf
+        return states
+
+    def some_norms(policy, samples, max_tokens):
+        fill_norms(policy, samples, max_tokens)
+        samples[0].head_grad_norm, samples[-1].sampler_logprobs[0] = np.inf, np.nan
+
+    monkeypatch.setattr(gvm, "prompt_states", some_states)
+    monkeypatch.setattr(gvm, "fill_norms", some_norms)
+    for words in (["--candidates-per-step", 16], ["--allocator", "gvm"], ["--allocator", "reward"]):
+        args, state = settled("--prompts-per-step", 8, *words), RunState()
+        for step in (1, 2, 3):
+            _, samples, metrics = e_step(problems, step, state, source_of(tools, args), args)
+            assert metrics["samples_not_finite"] == 2 and len(samples) == 32
+        assert all(np.isfinite(array).all() for array in state.predictor.values())
+
+
+@pytest.mark.parametrize(("learnt", "complaint"), [
+    ({"length_mean": [0.0]}, "not for states like these: {'length_mean': .1,.}"), ({"p_mean": "high"}, "could not convert")])
+def test_a_predictor_s_state_that_is_not_one_is_refused_in_one_line(tools, problems, learnt, complaint):
+    args = settled("--candidates-per-step", 16)
+    with pytest.raises(InputError, match=f"--candidates-per-step: .*{complaint}.*; leave it out, or") as error:
+        e_step(problems, 1, RunState(predictor=learnt), source_of(tools, args), args)
+    assert "\n" not in str(error.value)
+
+
 def test_a_budget_that_can_tell_nothing_is_left_undrawn(tools, problems):
-    """A group needs two samples."""
-    words = ["--prompts-per-step", 1, "--samples-per-prompt", 1, "--candidates-per-step", 1, "--objective", "grpo"]
+    """A group needs two samples; flags that say one are refused before."""
+    words = ["--prompts-per-step", 1, "--samples-per-prompt", 2, "--candidates-per-step", 1, "--objective", "grpo"]
     args = settled(*words, add_flags=grpo.add_flags)
+    args.samples_per_prompt = 1
     batch, samples, metrics = e_step(problems, 1, RunState(), source_of(tools, args), args)
     assert batch == samples == [] and metrics["samples"] == metrics["predicted_accept_rate"] == 0
     assert split_updates(batch, samples, args) == [[]]
@@ -230,19 +262,34 @@ def test_a_plan_of_other_problems_is_made_anew(tools, problems):
     words = ["--pilot-samples", 2, "--prompts-per-step", 8, "--e-step-every", 3]
     (_, _, plan), = run_steps(tools, problems, words, 1)
     for changed, others in (([], problems[::-1]), (["--seed", 1], problems), (["--prompts-per-step", 16], problems)):
-        args, state = settled(*words, *changed), RunState(step=1, plan=plan)
+        args, state = settled(*words, *changed), RunState(step=1, plan=plan, plan_flags=plan_flags(settled(*words)))
         batch, samples, _ = e_step(others, 2, state, source_of(tools, args), args)
         other = state.plan
         assert max(other["step"]) == 4 and {p.id for p in batch} <= set(other["id"]) and samples
 
 
+@pytest.mark.parametrize("changed", [
+    [], ["--samples-per-prompt", 5], ["--alpha", 0.1], ["--beta", 3], ["--allocator", "reward"], ["--pilot-samples", 3],
+    ["--weighting", "sequence"], ["--e-step-every", 4], ["--temperature", 0.9], ["--lr", 0.1]], ids=str)
+def test_a_plan_of_other_flags_is_made_anew(tools, problems, changed):
+    """Two of the plan's three steps are left. With the flags that made it, it serves them."""
+    words = ["--pilot-samples", 2, "--prompts-per-step", 4, "--e-step-every", 3]
+    (_, _, plan), = run_steps(tools, problems, words, 1)
+    args, flags_then = settled(*words, *changed), json.loads(json.dumps(plan_flags(settled(*words))))
+    state = RunState(step=1, plan=plan, plan_flags=flags_then)
+    _, samples, metrics = e_step(problems, 2, state, source_of(tools, args), args)
+    is_kept = changed in ([], ["--lr", 0.1])
+    assert (state.plan is plan) == is_kept and (metrics["samples"] == len(samples)) == is_kept  # else with a pilot on top
+    assert max(state.plan["step"]) == (3 if is_kept else 1 + args.e_step_every) and state.plan_flags == plan_flags(args)
+
+
 def test_a_run_that_goes_on_with_a_pilot_for_each_step_drops_its_plan(tools, problems):
     """Two of the plan's three steps are left. A pilot that is trained on is drawn, as if there had been no plan."""
-    words = ["--pilot-samples", 2, "--prompts-per-step", 8]
-    (_, _, plan), = run_steps(tools, problems, [*words, "--e-step-every", 3], 1)
+    words, every = ["--pilot-samples", 2, "--prompts-per-step", 8], ["--e-step-every", 3]
+    (_, _, plan), = run_steps(tools, problems, [*words, *every], 1)
     found = []
     for kept in (plan, None):
-        args, state = settled(*words), RunState(step=1, plan=kept)
+        args, state = settled(*words), RunState(step=1, plan=kept, plan_flags=plan_flags(settled(*words, *every)))
         _, samples, metrics = e_step(problems, 2, state, source_of(tools, args), args)
         found.append(([(s.problem, s.index, list(s.response_ids)) for s in samples], metrics))
         assert state.plan is None and metrics["samples"] == len(samples) == 8 * 4
@@ -277,6 +324,19 @@ def test_flags_that_do_not_go_together_are_refused_and_an_allocator_that_does_no
     assert capsys.readouterr().out.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [
+    ["--allocator", "uniform"], ["--pilot-samples", 1], ["--candidates-per-step", 16, "--prompts-per-step", 1], []])
+def test_groups_that_are_sure_to_be_too_small_to_learn_from_are_refused(device, words):
+    one = ["--samples-per-prompt", 1, *words]
+    with pytest.raises(InputError, match="--samples-per-prompt: --objective grpo learns nothing from fewer than 2 samples"):
+        settle_budget(flags(*one), "grpo")
+    settle_budget(flags("--samples-per-prompt", 2, *words), "grpo")
+    for others in (["--e-step-every", 2], ["--candidates-per-step", 16, "--prompts-per-step", 2]):  # some may get two
+        settle_budget(flags("--samples-per-prompt", 1, *others), "grpo")
+    if words:  # else the pilot is of two
+        settle_budget(flags(*one), "raft")
+
+
 def test_the_pilot_has_two_samples_unless_told_otherwise_where_there_is_one(device):
     for words, size in ([], 2), (["--pilot-samples", 3], 3), (["--allocator", "uniform"], 0), (
             ["--candidates-per-step", 16], 0):
@@ -285,7 +345,8 @@ def test_the_pilot_has_two_samples_unless_told_otherwise_where_there_is_one(devi
         assert args.pilot_samples == size
 
 
-def test_the_rule_is_the_paper_s_and_with_predictions_the_one_that_fits(device, capsys):
+def test_the_rule_is_the_paper_s_and_with_predictions_the_one_that_fits(device, monkeypatch, capsys):
+    monkeypatch.setitem(OBJECTIVES, "mine", Objective(raft_objective, smallest_group=1))
     for objective, words, rule in (("raft", [], "gvm"), ("grpo", [], "gvm"), ("raft", ["--candidates-per-step", 16], "gvm"),
                                    ("grpo", ["--candidates-per-step", 16], "reward"), ("mine", [], "gvm"),
                                    ("grpo", ["--candidates-per-step", 16, "--allocator", "gvm"], "gvm")):

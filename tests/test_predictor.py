@@ -89,6 +89,42 @@ def test_features_by_hand():
     assert np.isfinite(mu).all() and np.isfinite(weights).all()
 
 
+def test_a_prompt_with_states_that_are_not_finite_is_a_mean_one():
+    predictor, nan = Predictor({}), np.full((1, 2), np.nan)
+    states = np.array([[1.0, 5.0], [np.inf, 5.0], [3.0, 5.0]])
+    assert predictor.features(states) == pytest.approx(np.array([[-1.0, 0, 1], [0, 0, 1], [1, 0, 1]]), abs=1e-5)
+    assert predictor.features(nan).tolist() == [[0.0, 0.0, 1.0]]
+    many = Predictor({}).features(np.vstack([np.random.default_rng(0).normal(size=(9, 300)), np.full(300, np.nan)]))
+    assert np.isfinite(many).all() and not many[-1, :-1].any() and many[:-1].std() > 0.5
+    with pytest.raises(ValueError, match="the states of all prompts are NaN or infinite"):
+        Predictor({}).features(nan)
+
+
+def test_norms_that_are_not_finite_do_not_poison_what_is_learnt():
+    predictor = Predictor({})
+    features = predictor.features(np.random.default_rng(0).normal(size=(3, 2)))
+    norms = [1.0, np.inf, np.nan, 2.0, 1e30, 1.0]  # in fp32 they go to 1e38
+    table = summarise_samples([0, 0, 0, 1, 1, 2], np.array([True] * 5 + [False]), norms, num_prompts=3)
+    predictor.learn(features, np.full(3, 0.5), table)
+    assert all(np.isfinite(array).all() for array in predictor.learnt.values())
+    predictor.learnt["norm_right_mean"] = np.full(3, 1e3)  # its exponential would be infinite
+    mu, weights = predictor.weights(features, lambda p, right, wrong: gvm_weights(p, right))
+    assert np.isfinite(mu).all() and np.isfinite(weights).all()
+
+
+@pytest.mark.parametrize("change", [
+    {"length_mean": [0.0, 0.0, 0.0]}, {"centre": [0.0]}, {"p_mean": [0.0] * 4}, {"p_precision": [[1.0]]}, {"scale": "wide"},
+    {"scale": [[1.0], [1.0, 2.0]]}, {"log_evidence": 0.0}])
+def test_what_another_predictor_has_learnt_is_refused(change):
+    predictor, states = Predictor({}), np.random.default_rng(0).normal(size=(3, 2))
+    predictor.features(states)
+    Predictor(predictor.learnt).features(states)
+    with pytest.raises(ValueError):
+        Predictor(predictor.learnt | change).features(states)
+    with pytest.raises(ValueError, match="not for states like these"):
+        Predictor({name: array for name, array in predictor.learnt.items() if name != "norm_wrong_mean"}).features(states)
+
+
 def test_a_prior_is_the_beta_that_it_should_be_and_weights_are_its_mean():
     beta = betas(np.array([0.25]))[4, 0]  # kappa = 4
     p = np.exp(LOG_P)
