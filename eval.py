@@ -25,10 +25,10 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from answers import extract_boxed
-from checkpoint import claim_folder
 from data import BENCHMARKS, EVALUATION, SYSTEM_PROMPT, TOY, Problem, Sample, compare_problems
 from data import encode_prompt, load_prompts, sample_rows
 from files import append_rows, read_json, read_rows, write_json
+from folder import claim_folder
 from grader import REWARDS, Grader, add_reward_flags
 from metrics import as_table, summarise
 from model import add_model_flags, check_prompts, load_model

@@ -23,11 +23,12 @@ from tqdm import tqdm
 import run
 from batches import add_memory_flags, collate, distribute, fill_logprobs, gather_tensor
 from batches import micro_batches_here, per_token
-from checkpoint import LEFT_BY_A_RUN, RunState, add_folder_flags, claim_folder, load_optimizer
-from checkpoint import newest_checkpoint, note_problems, run_folder, save_checkpoint, start_log
-from checkpoint import watch_run, write_log, write_samples
+from checkpoint import load_optimizer, newest_checkpoint, save_checkpoint
 from data import BENCHMARKS, Problem, Sample, add_data_flags, load_prompts, prompts_looked_at
 from eval import add_evaluation_flags, evaluate
+from folder import LEFT_BY_A_RUN, RunState, add_folder_flags, claim_folder, note_problems
+from folder import refuse_other_model, run_folder, say_finished, say_saved, start_log, watch_run
+from folder import write_log, write_samples
 from grader import REWARDS, Grader, add_reward_flags
 from gvm import SampleSource, add_budget_flags, e_step, settle_budget
 from losses import LOSSES, OBJECTIVES, add_loss_flags, kl_k3, loss_weights
@@ -86,7 +87,7 @@ def train(args: argparse.Namespace) -> None:
 
                 # M-step: the policy after an optimizer step on each of them.
                 with state.timer("train"):
-                    metrics |= train_step(learner, optimizer, updates, args)
+                    metrics |= train_step(learner, optimizer, updates, args, not state.last_update)
                 state.step = step
 
                 # The accuracy on other problems; what is logged of the step; a checkpoint.
@@ -99,16 +100,7 @@ def train(args: argparse.Namespace) -> None:
                     with state.timer("save"):
                         save()
         save()  # the last step, or the last before a signal
-    run.print0(f"saved in {out}/checkpoints" if state.saved == state.step else "warning: the last "
-               "updates were not finite, so their steps are not saved; --resume with a lower --lr")
-
-
-def say_finished(out, state: RunState, checkpoint, args) -> None:
-    """Of a run with no step left; a signal may have left its last evaluation out."""
-    run.print0(f"{out}: is at step {state.step} of --steps {args.steps}; nothing is left to do")
-    run.print0(f"to evaluate it: eval.py --model {checkpoint} --data {args.eval_data} "
-               f"--max-prompt-tokens {args.max_prompt_tokens} "
-               f"--max-response-tokens {args.max_response_tokens}")
+    say_saved(out, state)
 
 
 def set_up(args: argparse.Namespace, device: torch.device, checkpoint, state: RunState) -> tuple:
@@ -178,11 +170,15 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
 MEANS = ("loss", "clip_fraction", "kl", "sampler_gap")  # what an update adds up over tokens
 
 
-def train_step(learner, optimizer, updates: list[list[Sample]], args) -> dict:
-    """The updates of a step; returns metrics for the log, means over those that were made."""
+def train_step(learner, optimizer, updates: list[list[Sample]], args, is_first=False) -> dict:
+    """The updates of a step; returns metrics for the log, means over those that were made.
+
+    is_first: the run has made no update yet.
+    """
     sums = Counter()  # a name that is missing counts 0
     for i, samples in enumerate(updates):
-        sums.update(optimizer_step(learner, optimizer, samples, args, on_policy=i == 0))
+        check_gap = is_first and sums["updates"] == 0 and args.truncated_is is None
+        sums.update(optimizer_step(learner, optimizer, samples, args, i == 0, check_gap))
     if args.fsdp:  # DDP's gradients stay: they are views of its buckets
         optimizer.zero_grad()
     for name in (*MEANS, "grad_norm"):
@@ -190,10 +186,12 @@ def train_step(learner, optimizer, updates: list[list[Sample]], args) -> dict:
     return dict(sums)
 
 
-def optimizer_step(learner, optimizer, samples: list[Sample], args, on_policy: bool) -> dict:
+def optimizer_step(learner, optimizer, samples: list[Sample], args, on_policy: bool,
+                   check_gap: bool = False) -> dict:
     """One optimizer step on the samples of an update; returns what train_step adds up.
 
-    on_policy: no update of the step has changed the policy yet.
+    on_policy: no update of the step has changed the policy yet. check_gap: raise RunError, before
+    the policy changes, if the sampler has another model.
     """
     if not samples:
         return {"updates_empty": 1}  # on a gradient of 0 AdamW would still move
@@ -213,9 +211,12 @@ def optimizer_step(learner, optimizer, samples: list[Sample], args, on_policy: b
     norm = gather_tensor(torch.nn.utils.clip_grad_norm_(learner.parameters(), args.grad_clip))
     if not torch.isfinite(norm):
         return {"updates_not_finite": 1}
-    optimizer.step()
     totals[1:] /= num_tokens  # the loss is a sum already
-    return {"updates": 1, "grad_norm": norm.item()} | dict(zip(MEANS, totals.tolist()))
+    means = dict(zip(MEANS, totals.tolist()))
+    if check_gap:
+        run.on_every_rank(refuse_other_model, means["sampler_gap"])
+    optimizer.step()
+    return {"updates": 1, "grad_norm": norm.item()} | means
 
 
 def micro_batch_loss(learner, batch: list[Sample], args, on_policy: bool) -> torch.Tensor:

@@ -40,7 +40,7 @@ import gvm  # noqa: E402
 import methods  # noqa: E402 (in figures/)
 from allocator import allocate, reward_weights  # noqa: E402
 from batches import collate, fill_norms, prompt_states  # noqa: E402
-from checkpoint import RunState  # noqa: E402
+from folder import RunState  # noqa: E402
 from data import Sample, load_prompts, problems_of_step  # noqa: E402
 from grader import Grader  # noqa: E402
 from gvm import SampleSource, e_step, estimate, predicted_step  # noqa: E402

@@ -20,7 +20,7 @@ import eval as evaluation
 import allocation_table
 import grpo
 import raft
-from checkpoint import FORMAT, claim_folder
+from folder import FORMAT, claim_folder
 from data import TOY, Problem, load_problems, sample_rows
 from run import InputError, check_environment
 
@@ -169,7 +169,8 @@ def named_templates(*names: str):
 
 def checkpoint(folder: Path) -> None:
     """A whole checkpoint of step 1, as raft.py leaves it."""
-    from checkpoint import RunState, save_checkpoint
+    from checkpoint import save_checkpoint
+    from folder import RunState
     from conftest import flags
     from model import load_model
 

@@ -12,7 +12,7 @@ import gvm
 import predictor
 from allocator import allocate, gvm_weights, reward_weights
 from batches import prompt_states
-from checkpoint import RunState
+from folder import RunState
 from data import Problem, problems_of_step
 from gvm import SampleSource, e_step, estimate, plan_flags, rows_of_step, settle_budget
 from losses import OBJECTIVES, Objective, raft_objective

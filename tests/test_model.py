@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemm
 
 import model as model_module
 from batches import collate, fill_logprobs, fill_norms, micro_batches
-from checkpoint import RunState, newest_checkpoint, save_checkpoint
+from checkpoint import newest_checkpoint, save_checkpoint
+from folder import RunState
 from data import Problem, encode_prompt
 from model import Policy, check_prompts, load_model
 from run import InputError

@@ -20,7 +20,7 @@ from data import Problem
 from losses import LOSSES, kl_k3, loss_weights, raft_objective
 from model import Policy, load_model
 from raft import micro_batch_loss, optimizer_step, split_updates, train, train_step
-from run import InputError
+from run import InputError, RunError
 
 # Three prompts: two right and one wrong sample, one right, one wrong. Their mean length is (1 + 3 + 2 + 4 + 5) / 5 = 3.
 GROUPS = [make_sample(0, 1.0, [1]), make_sample(0, 1.0, [1] * 3), make_sample(0, 0.0, [1] * 2),
@@ -171,6 +171,17 @@ def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(small):
     samples[0].old_logprobs[1] = -1.0
     metrics = optimizer_step(ddp_policy, optimizer, samples, flags(), on_policy=False)
     assert metrics["updates"] == 1 and not unchanged(policy, before)
+
+
+def test_a_sampler_of_another_model_is_refused_before_the_policy_moves(small):
+    policy, ddp_policy, optimizer, before = small
+    sample = make_sample(0, 1.0, [9, 9], old_logprobs=np.array([-1.0, -1.0], np.float32), advantage=1.0, loss_weight=1.0)
+    sample.sampler_logprobs = sample.old_logprobs - 0.2
+    with pytest.raises(RunError, match="off by 0.2 nats a token"):
+        optimizer_step(ddp_policy, optimizer, [sample], flags(), on_policy=False, check_gap=True)
+    assert unchanged(policy, before)
+    sample.sampler_logprobs = sample.old_logprobs - 0.05
+    assert optimizer_step(ddp_policy, optimizer, [sample], flags(), on_policy=False, check_gap=True)["updates"] == 1
 
 
 def test_the_gradient_is_clipped_to_the_flag_and_its_norm_is_logged_as_it_was(device, model_and_tokenizer):

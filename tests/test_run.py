@@ -10,8 +10,8 @@ import torch
 from conftest import flags, settled
 from safetensors import safe_open
 
-from checkpoint import (
-    LEFT_BY_A_RUN, RunState, claim_folder, digest, load_optimizer, newest_checkpoint, run_folder, save_checkpoint, start_log)
+from checkpoint import digest, load_optimizer, newest_checkpoint, save_checkpoint
+from folder import LEFT_BY_A_RUN, RunState, claim_folder, run_folder, start_log
 from files import write_json
 from run import InputError, run_script as run_main
 
