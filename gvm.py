@@ -111,17 +111,14 @@ def rows_of_step(table: dict, step: int) -> dict[str, np.ndarray]:
 
 def plan_flags(args) -> dict:
     """The flags that make a plan what it is. Others decide which prompts it is for."""
-    names = ("allocator", "alpha", "beta", "samples_per_prompt", "pilot_samples", "e_step_every",
-             "weighting", "temperature", "max_response_tokens")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in (
+        "allocator", "alpha", "beta", "samples_per_prompt", "pilot_samples", "e_step_every",
+        "weighting", "temperature", "max_response_tokens")}
 
 
 def is_planned(state, step: int, batch: list[Problem], args) -> bool:
-    """Whether state.plan is for these prompts in this step, and made with these flags.
-
-    Not so if there is none yet, if its steps are over, or if a run was resumed with other problems
-    or flags.
-    """
+    """Whether there is a plan for these prompts in this step: not if its steps are over, nor if a
+    run was resumed with other problems, or other flags."""
     if state.plan is None or state.plan_flags != plan_flags(args):
         return False
     return rows_of_step(state.plan, step)["id"].tolist() == [problem.id for problem in batch]
@@ -187,12 +184,10 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     add("--e-step-every", type=positive_int, default=1,
         help="steps that a pilot serves; above 1 it only informs; the paper: 9")
     add("--candidates-per-step", type=positive_int, metavar="M",
-        help="not in the paper: instead of a pilot, p and G of M prompts are predicted, from "
-        "--prompts-per-step upwards, and the best share --prompts-per-step times "
-        "--samples-per-prompt samples")
-    add("--alpha", type=number(float, 0, 1000), default=1e-3,
-        help="Eq. 7: damps small p; the paper: 1e-3")
-    add("--beta", type=number(float, 2, 100), default=2.0, help="Eq. 7: power of p; the paper: 2")
+        help="not in the paper: instead of a pilot, p and G of M prompts, at least "
+        "--prompts-per-step, are predicted, and the best of them share the samples")
+    add("--alpha", type=number(float, 0, 1000), default=1e-3, help="Eq. 7; the paper: 1e-3")
+    add("--beta", type=number(float, 2, 100), default=2.0, help="Eq. 7; the paper: 2")
 
 
 def settle_budget(args: argparse.Namespace, objective: str | None = None) -> None:
