@@ -10,12 +10,13 @@ import numpy as np
 
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")  # "1,234", but not "3, 5" or "(1,2)"
 # How data sets write that there is none. Not "none", which answers "which of these are prime?".
-NO_ANSWER = ("proof", "notfound", "not found", "n/a", "nan", "null")
+NO_ANSWER = ("proof", "notfound", "n/a", "nan", "null")
 WORD = re.compile(r"(?<!\\)\b(?!(?:and|or)\b)[^\W\d_]{2,}")  # see solution_answer; not \frac
 # `\{` is a printed brace, which nests nothing.
 BRACE = re.compile(r"\\(?!\\?boxed).|(?P<opening>\\boxed\s*\{|\{)|(?P<closing>\})", re.DOTALL)
 # What may stand between boxes that are one answer: "\boxed{2} and $\boxed{3}$".
-BETWEEN_BOXES = re.compile(r"(?:[\s,;$~{}]|and\b|or\b|\\(?:text|mathrm|q?quad|[,;:! \\()\[\]]))*")
+BETWEEN_BOXES = re.compile(
+    r"(?:[\s,;$~{}，、或和]|and\b|or\b|\\(?:text|mathrm|q?quad|[,;:! \\()\[\]]))*")
 
 
 def extract_boxed(text: str) -> str | None:
@@ -55,6 +56,7 @@ def reference_answer(value) -> str:
     the mark alone; 27.0 or "27.0" (AMC) -> "27"; "$x$, $y$" -> "x, y"; ["$2$", "$3$"]
     (OlympiadBench) -> "2, 3"; "proof" (NuminaMath) -> "".
     """
+    value = value.tolist() if isinstance(value, np.ndarray) else value  # of a parquet file
     if isinstance(value, (list, tuple)):
         return ", ".join(filter(None, map(reference_answer, value)))
     if value is None or value != value or isinstance(value, (dict, bytes)):
@@ -64,14 +66,19 @@ def reference_answer(value) -> str:
     text = str(value).strip()
     _, mark, line = text.rpartition("####")  # without a mark, all of the text
     if (boxed := extract_boxed(text)) is not None:  # first: "####" may be a heading before it
-        return "" if boxed.lower() in NO_ANSWER else boxed
+        return "" if is_no_answer(boxed) else boxed
     text = line.partition("\n")[0] if mark else text
     text = re.sub(r"(?<!\\)\$", "", text).strip()  # dollars around math, not \$
     if mark and THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
-    if text.lower() in NO_ANSWER:
+    if is_no_answer(text):
         return ""
     return re.sub(r"^([-+]?\d+)\.0+$", r"\1", text)
+
+
+def is_no_answer(text: str) -> bool:
+    """Whether it is a data set's mark for none, also as `\\text{Proof.}`."""
+    return re.sub(r"\\text|[{}.\s]", "", text).lower() in NO_ANSWER
 
 
 def solution_answer(value) -> str:

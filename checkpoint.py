@@ -68,7 +68,7 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, RunState]:
 
     def find():
         record, folder = out / "args.json", out / "checkpoints"
-        saved = sorted(folder.glob(CHECKPOINT), reverse=True)
+        saved = checkpoints_in(folder)[::-1]
         if record.exists() and read_json(record).get("format") != FORMAT:
             raise InputError(f"--resume: {out} was made by another version of this project; go on "
                              "with that one, or choose another --out")
@@ -82,9 +82,25 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, RunState]:
             print0(f"warning: {path} is damaged, trying the one before")
         if saved:
             raise InputError(f"--resume: no checkpoint in {out} is whole; choose another --out")
+        if (out / "log.jsonl").exists() and not record.exists():
+            raise InputError(f"--resume: {out} has a log.jsonl, but neither args.json nor a "
+                             "checkpoint; choose another --out")
         return None, RunState()
 
     return of_rank0(on_rank0(find))
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Those of a run, whole or not, in order; without copies by hand under another number."""
+
+    def is_copy(path: Path) -> bool:
+        try:
+            is_whole = read_json(path / "digests.json")["state.json"] == digest(path / "state.json")
+            return is_whole and read_json(path / "state.json")["step"] != int(path.name[-6:])
+        except (OSError, InputError, KeyError):
+            return False  # broken
+
+    return [path for path in sorted(folder.glob(CHECKPOINT)) if not is_copy(path)]
 
 
 def load_optimizer(checkpoint: Path, model, optimizer) -> None:
@@ -101,7 +117,7 @@ def load_optimizer(checkpoint: Path, model, optimizer) -> None:
 
 def remove_old_checkpoints(newest: Path, state: RunState, keep: int) -> None:
     """On rank 0: keep the newest `keep`, and one from before the last step with a right sample."""
-    saved = sorted(newest.parent.glob(CHECKPOINT))
+    saved = checkpoints_in(newest.parent)
     older = [path for path in saved if path <= newest]  # --resume passed over the others
     kept = older[-keep:]
     if state.step > state.last_solved:  # the run may have diverged since

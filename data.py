@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import re
+import reprlib
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -122,7 +123,8 @@ def _readable_rows(spec: str, split: str, limit: int | None) -> tuple[list[Probl
     found = dict.fromkeys(name for row in rows for name in row)  # in order of appearance
     for wanted in (QUESTION_COLUMNS, ANSWER_COLUMNS):
         if not any(name in found for name in wanted):
-            raise InputError(f"{spec}: has columns {list(found)}; needs one of {wanted}")
+            columns = reprlib.repr(list(found))
+            raise InputError(f"{spec}: has columns {columns}; needs one of {wanted}")
     question_column = next(name for name in QUESTION_COLUMNS if name in found)
     answer_column = next(name for name in ANSWER_COLUMNS if name in found)
     reduce = solution_answer if answer_column == "solution" else reference_answer
@@ -133,7 +135,8 @@ def _readable_rows(spec: str, split: str, limit: int | None) -> tuple[list[Probl
         unreadable = [name for name, text in texts.items() if not isinstance(text, str)
                       or not text.strip() or HALF_CHARACTER.search(text)]
         if unreadable:
-            reason = f"has nothing readable in '{unreadable[0]}'; its columns: {list(row)}"
+            columns = reprlib.repr(list(row))
+            reason = f"has nothing readable in '{unreadable[0]}'; its columns: {columns}"
             faults.append(f"row {i + 1} {reason}")
         else:
             problems.append(Problem(i, texts[question_column].strip(), texts[answer_column]))
@@ -187,7 +190,8 @@ def load_prompts(spec: str, split: str, tokenizer, args, limit=None, *,
         total = len(found) + len(faults)
         allowed = total / 2 if training else 0
         if len(faults) > allowed:
-            raise InputError(f"{part}: {faults[0]}; {len(faults)} of {total} rows: mend them")
+            half = "; up to half would be dropped" if training else ""
+            raise InputError(f"{part}: {faults[0]}; {len(faults)} of {total} rows: mend them{half}")
         if faults:
             print0(f"{part}: dropped {len(faults)} of {total} rows, as {faults[0]}")
         problems += [replace(problem, id=rows + problem.id) for problem in found]

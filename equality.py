@@ -44,9 +44,9 @@ def equivalent(one: str, other: str) -> bool:
 # --- lists, intervals, tuples, matrices --------------------------------------------------------
 LONGEST = 3000  # characters; what is longer is equal to itself alone
 BRACKETS = r"(\\\{|\\langle|[(\[{])|(\\\}|\\rangle|[)\]}])|\\\\"
-THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])"
+THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)"
 THREE_DIGITS = r"(?<=\b[1-9]\d\d),(?=[1-9]\d\d\b)"
-SEPARATOR = r"[,;]|\\cup(?=\s*(?:[(\[]|\\\{))|\\lor(?![a-zA-Z])|\b(?:or|and)\b"
+SEPARATOR = r"[,;]|\\cup(?=\s*(?:[(\[]|\\\{))|\\(?:lor|vee)(?![a-zA-Z])|\b(?:or|and)\b"
 SEPARATOR_OF_CONDITIONS = SEPARATOR.replace("|and", "")  # x > 1 and x < 2 is one condition
 SET_BUILDER = re.compile(r"\\\{\s*[a-zA-Z]\s*(?:\\in[^|:]*)?(?:\||\\mid|:)(.*)\\\}")
 MEMBER = re.compile(r"[a-zA-Z]\s*\\in(?![a-zA-Z])")  # x in ...
@@ -68,6 +68,9 @@ def same_list(ours: list[str], theirs: list[str]) -> bool:
 
 def elements(text: str) -> list[str]:
     r"""Of a list, a set, a union, alternatives: `1, 2`, `\{1, 2\}`, `x < 1 or x > 2`, `\pm 1`."""
+    union = split_outside(r"(\\cup)", text)[::2]
+    if len(union) > 1 and all(map(SET_BUILDER.fullmatch, union)):
+        return [element for part in union for element in elements(part)]
     text = MEMBER.sub("", SET_BUILDER.sub(r"\1", text)).strip()
     left, *rest = chain(text)
     if len(rest) == 2 and rest[0] == "=" and is_name(left) and in_brackets(rest[1])[0]:
@@ -188,8 +191,8 @@ def same_relation(ours: list[str], theirs: list[str]) -> bool:
     """Whether two relations are equal, as `chain` has them."""
     if ours[1::2] == theirs[1::2] and all(map(same_element, ours[::2], theirs[::2])):
         return True
-    if says_value(ours) and says_value(theirs):
-        return ours[0] == theirs[0] and same_element(ours[-1], theirs[-1])
+    if says_value(ours) and says_value(theirs) and ours[0] == theirs[0]:
+        return same_element(ours[-1], theirs[-1])
     if len(ours) > 3 or len(theirs) > 3:
         return False
     # As (left - right) compared with 0: one must be a multiple of the other.

@@ -157,8 +157,12 @@ def complete_benchmark(path: Path, problems: list[Problem], sampler, grader, arg
     """--samples rows per problem, in order: what `path` holds, and new ones, appended to it."""
     rows = read_samples(path) if path.exists() else []
     held = {(row["problem"], row["index"]) for row in rows}
-    missing = [(problem, index) for problem in problems for index in range(args.samples)
-               if (problem.id, index) not in held]
+    wanted = {(problem.id, index): (problem, index) for problem in problems
+              for index in range(args.samples)}
+    if not held <= wanted.keys():
+        raise InputError(f"{path}: holds samples of problem {min(held - wanted.keys())[0]} that "
+                         "were not asked for; choose another --out")
+    missing = [wanted[key] for key in wanted if key not in held]
     # Samples drawn before they are saved: four batches, so that the engine is rarely half empty.
     at_once = 4 * dist.get_world_size() * args.sampler_batch_size
     bar = tqdm(desc=path.stem, total=len(problems) * args.samples, initial=len(rows), unit="sample",

@@ -38,7 +38,7 @@ def add_folder_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if any")
     add("--save-every", type=positive_int, default=10, help="steps; the last is always saved")
     add("--keep", type=positive_int, default=2, help="checkpoints kept")
-    add("--keep-samples", type=number(int, low=0), default=16,
+    add("--keep-samples", type=number(int, 0, 2**31 - 1), default=16,
         help="prompts of each step whose samples are kept, in samples.jsonl")
 
 
@@ -82,22 +82,27 @@ def watch_run(state: RunState, metrics: dict, args) -> None:
     if gap > SMALL_GAP and not state.gap_is_said:
         state.gap_is_said = True
         print0(f"warning: {gap_is_large(gap)}")
-    if metrics.get("updates"):
-        state.not_finite, state.last_update = 0, state.step
-    state.not_finite += metrics.get("updates_not_finite", 0)
+    not_finite = metrics.get("updates_not_finite", 0)
     if metrics.get("samples_not_finite"):  # those of a policy that is NaN are wrong: no updates
-        state.not_finite += metrics.get("updates_empty", 0)
+        not_finite += metrics.get("updates_empty", 0)
+    if metrics.get("updates") or not not_finite:
+        state.not_finite = 0
+    if metrics.get("updates"):
+        state.last_update = state.step
+    state.not_finite += not_finite
     if state.not_finite >= 10:
         raise RunError("ten updates in a row were not finite; --resume with a lower --lr")
     if metrics.get("accept_rate"):
         state.last_solved = state.step
     if state.last_solved and state.step == state.last_solved + 10:
         print0("warning: no sample of the last ten steps was right; if the run has diverged, "
-               f"go on from a checkpoint before step {state.last_solved}, with a lower --lr")
+               f"go on from a checkpoint before step {state.last_solved}, if there is one, with a "
+               "lower --lr")
     elif state.step == state.last_update + 10:
         print0("warning: no update in the last ten steps: no prompt had samples that teach, right "
                "ones, or for GRPO right and wrong ones; take easier problems, a higher "
-               "--samples-per-prompt, or a better model")
+               "--samples-per-prompt, a better model, or, where most are truncated, a higher "
+               "--max-response-tokens")
 
 
 def say_finished(out: Path, state: RunState, checkpoint: Path, args) -> None:
@@ -105,7 +110,8 @@ def say_finished(out: Path, state: RunState, checkpoint: Path, args) -> None:
     print0(f"{out}: is at step {state.step} of --steps {args.steps}; nothing is left to do")
     print0(f"to evaluate it: eval.py --model {checkpoint} --data {args.eval_data} "
                f"--max-prompt-tokens {args.max_prompt_tokens} "
-               f"--max-response-tokens {args.max_response_tokens}")
+               f"--max-response-tokens {args.max_response_tokens} --samples {args.eval_samples} "
+               f"--temperature {args.eval_temperature} --seed {args.seed} --reward {args.reward}")
 
 
 def say_saved(out: Path, state: RunState) -> None:

@@ -14,7 +14,8 @@ from random import Random
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify.grader import should_treat_as_complex
-from sympy import Expr, Float, I, PrecisionExhausted, Rational, nan, sign, zoo
+from sympy import Derivative, Expr, Float, I, Integral, Limit, Product, Rational, Sum, binomial
+from sympy import factorial, gamma, nan, sign, zoo
 
 LEAST_DIGITS = 6  # of a decimal that may stand for an exact number
 PRECISION = 3000  # digits; what is 0 in so many is 0
@@ -27,7 +28,11 @@ READER = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
 LETTERS = ConversionConfig(lowercase_symbols=False)
 # What the reader takes for something else: "5{6}" for 5 + 6, "1 2" for 12, "f'" for f, and so on.
 MISREAD = re.compile(r"(?<![_^\d])\d+\s*\{|\d\s+\d|['\"$]|dots|phantom|\.\d*\.|\d_|(?<!\d)0[xbo]"
-                     r"|(?<!sqrt)\[|\^\s*\{?\s*T(?![a-zA-Z])", re.IGNORECASE)
+                     r"|(?<!sqrt)\[|\^\s*\{?\s*(?-i:T)(?![a-zA-Z])|(?<![\\a-z])[a-z]{4,}",
+                     re.IGNORECASE)
+# "3(4)" and "2\\binom{5}{2}" are products; to the reader they are mixed numbers, 3 + 4.
+PRODUCT = re.compile(r"(?:(?<![_^\\\w.])\d[\d.]*|\))\s*(?=\(|\\binom)|\)\s*(?=\d)")
+COUNTED = factorial, binomial, gamma, Sum, Product  # they are for whole numbers
 
 
 def same_value(one: str, other: str) -> bool:
@@ -68,8 +73,11 @@ def read(text: str) -> Expr | None:
 
     Only Math-Verify's LaTeX reader is used: the one for plain expressions ends in Python's `eval`.
     """
-    if MISREAD.search(text):
+    is_closed = text.count("{") == text.count("}") and text.count("(") == text.count(")")
+    if MISREAD.search(text) or not is_closed:
         return None
+    text = PRODUCT.sub(r"\g<0> \\cdot ", text)
+    text = re.sub(r"(?<![\\a-zA-Z])I(?![a-zA-Z])", r"\\mathrm{I}", text)  # not the unit i
     try:
         formula = latex2sympy(
             normalize_latex(text, READER), normalization_config=None, conversion_config=LETTERS,
@@ -78,7 +86,8 @@ def read(text: str) -> Expr | None:
         raise  # a failure of the grader, which counts it
     except Exception:  # a box may hold any text, and the reader fails in any way
         return None
-    if not isinstance(formula, Expr):  # a set, a truth value
+    # A set, a truth value; or what may not be evaluated in time.
+    if not isinstance(formula, Expr) or formula.has(Integral, Derivative, Limit):
         return None
     exact = {number: Rational(str(number)) for number in formula.atoms(Float)}
     return formula.xreplace(exact | {s: I for s in formula.free_symbols if s.name == "i"})
@@ -88,7 +97,7 @@ def same_formula(one: Expr | None, other: Expr | None) -> bool:
     """Whether two formulas have the same value, whatever their variables are."""
     if one is None or other is None or one.has(zoo, nan) or other.has(zoo, nan):
         return False
-    return one == other or all(is_zero(a - b) for a, b in values_at_points(one, other))
+    return one == other or all(are_equal(a, b) for a, b in values_at_points(one, other))
 
 
 def same_multiple(one: str, other: str) -> int:
@@ -98,34 +107,43 @@ def same_multiple(one: str, other: str) -> int:
     if ours is None or theirs is None or not theirs.free_symbols:
         return 0
     (a, b), *others = values_at_points(ours, theirs)
-    if is_zero(a) or is_zero(b) or not all(is_zero(a * d - b * c) for c, d in others):
+    if are_equal(a, Rational(0)) or are_equal(b, Rational(0)):
         return 0
     ratio = (a / b).evalf(LEAST_DIGITS)
-    return int(sign(ratio)) if ratio.is_real else 0
+    is_constant = all(are_equal(a * d, b * c) for c, d in others)
+    return int(sign(ratio)) if is_constant and ratio.is_real else 0
 
 
 def values_at_points(one: Expr, other: Expr) -> list[tuple[Expr, Expr]]:
     """Both at the same points, by chance but always the same ones, of either sign, near to 0 and
     far from it. Without variables there is one point."""
     names = sorted({symbol.name for symbol in one.free_symbols | other.free_symbols})
+    is_counted = one.has(*COUNTED) or other.has(*COUNTED)
     points = []
     for k in range(POINTS if names else 1):
         at = {}
         for i, name in enumerate(names):
             size = Random(f"{name} {k}").randint(200, 3000)
             at[name] = Rational(size, 1009 if k < POINTS / 2 else 91) * (-1) ** (k >> i)
+            if is_counted:
+                at[name] = Rational(size // 100 + i)
         points.append(tuple(
             formula.xreplace({symbol: at[symbol.name] for symbol in formula.free_symbols})
             for formula in (one, other)))
     return points
 
 
-def is_zero(value: Expr) -> bool:
-    """Whether a number is 0: exactly, or in as many digits as are looked at."""
-    try:
-        return value.evalf(2, maxn=PRECISION, strict=True) == 0
-    except PrecisionExhausted:
-        return True
+def are_equal(one: Expr, other: Expr) -> bool:
+    """Whether two numbers are equal: exactly if they are fractions, or in PRECISION digits, but for
+    200 of them that rounding may take."""
+    gap, size = one - other, max(abs(one.evalf(15)), abs(other.evalf(15)), 1)
+    rough = gap.evalf(30)  # soon done, and enough if they differ visibly
+    if not rough.is_finite or abs(rough) > max(1e-50, 1e-20 * size):
+        return False
+    gap = gap.doit()
+    if gap.is_Rational:
+        return gap == 0
+    return bool(abs(gap.evalf(PRECISION)) < size * Rational(10) ** (200 - PRECISION))
 
 
 def rounded(formula: Expr | None, digits: int) -> Decimal | None:

@@ -22,7 +22,7 @@ from multiprocessing import connection
 from pathlib import Path
 from subprocess import PIPE, Popen
 
-from answers import NO_ANSWER, extract_boxed
+from answers import extract_boxed, is_no_answer
 from data import Sample
 from run import InputError, RunError
 
@@ -83,7 +83,7 @@ class Grader(AbstractContextManager):
         """
         read = str if self.reward.as_it_comes else extract_boxed
         given = map(read, responses)
-        known = ["" if answer.lower() in NO_ANSWER else answer for answer in references]
+        known = ["" if is_no_answer(answer) else answer for answer in references]
         pairs = list(zip(given, known, strict=True))
         # Equal texts are equal answers, and equal pairs need to be judged once.
         verdicts = {(text, answer): (text == answer != "", False) for text, answer in pairs}

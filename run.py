@@ -129,7 +129,7 @@ def check_environment() -> None:
     numbers = {}
     for name, low in SMALLEST.items():
         text = os.environ.get(name, ALONE.get(name, "1"))
-        if not text.isdecimal() or len(text) > 5 or int(text) < low:
+        if not text.isdecimal() or len(text) > 5 or not low <= int(text) < 2**16:
             raise InputError(f"{name} is '{text}' in the environment, not a number from {low}: "
                              f"{remedy}")
         numbers[name] = int(text)

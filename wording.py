@@ -12,7 +12,9 @@ SYMBOLS = {  # what models and data sets write in Unicode
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ",
     "°": r"^\circ ", "℃": r"^\circ C", "²": "^2", "³": "^3", "½": r"\frac12 ", "√": r"\sqrt ",
-    "£": r"\pounds ", "€": r"\euro ", "¥": r"\yen ", "¢": " cent ", "、": ",", "。": ".", "∣": "|",
+    "±": r"\pm ", "¾": r"\frac34 ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R} ", "∠": r"\angle ",
+    "∶": ":", "£": r"\pounds ", "€": r"\euro ", "¥": r"\yen ", "¢": " cent ", "、": ",",
+    "。": ".", "∣": "|",
     "或": " or ", "和": " and ",
 }
 END = r"(?![a-zA-Z])"  # of a command: \le, but not \left
@@ -21,7 +23,7 @@ LOOKS = {  # what only changes how an answer looks
     r"^\s*(?i:(?:the )?(?:final )?answer(?: is|:)|option\b|choice\b):?": "",
     rf"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|[lL]arge|LARGE|[hH]uge){END}\s*": "",
     r"\\lbrace": r"\\{", r"\\rbrace": r"\\}",
-    r"\\(?:text)?color\s*\{[^{}]*\}": "",
+    r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\s*\{[^{}]*\}": "",
     r",\\!\s*|(?<=\d)\{,\}(?=\d)": "",  # in a number, for thousands
     r"\\!\s*": "",
     r"\b([apAP])\.?[mM]\b\.?": r"\1m",
@@ -30,13 +32,17 @@ LOOKS = {  # what only changes how an answer looks
     r"\\[dtc]frac": r"\\frac", r"\\frac\s*(\d)": r"\\frac{\1}",
     r"(\\frac\{[^{}]*\})\s*(\d)": r"\1{\2}",
     r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)": r"\1\\frac{\2}{\3}",  # a mixed number
+    r"([_^]|\\sqrt)(\d)(?= \d)": r"\1{\2}",  # 2^3 5
+    r"\\(mathbb|mathcal|vec|hat|dot|bar|pmod)\s+(\w)": r"\\\1{\2}",
+    r"[\[(]\s*(\\begin\{(?:array|matrix)\}.*?\\end\{(?:array|matrix)\})\s*[\])]": r"\1",
     r"\^\s*(-\s*(?:\d+|[a-zA-Z]))": r"^{\1}",
     r"(?<![\\a-zA-Z])(pi|sqrt)(?![a-zA-Z])": r"\\\1 ", r"\\sqrt\s*\(([^()]*)\)": r"\\sqrt{\1}",
     rf"\\(?:leqslant|leq|le){END}|<=": r"\\le ",
     rf"\\(?:geqslant|geq|ge){END}|>=": r"\\ge ",
     rf"\\neq?{END}|!=": r"\\ne ",
     r"\\\{\s*\\\}|\\varnothing": r"\\emptyset ",
-    "平方": " square ", "立方": " cubic ",
+    r"(?<![\\a-zA-Z])infinity": r"\\infty ",
+    "平方": " square ", "立方": " cubic ", "千米|公里": " km ", "千克|公斤": " kg ", "千瓦": " kw ",
 }
 FONT = rf"\\(?:text|math|boldsymbol|bm|mbox|emph|underline|boxed)(?:bf|it|rm|normal|sf|tt)?{END}\s*"
 SCALES = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}",
@@ -54,7 +60,8 @@ def tidy(text: str) -> str:
         text = plain
     text = re.sub(FONT + r"(?=\{)", "", text)  # around a formula with braces of its own
     text = _tidy_numbers(text)
-    text = re.sub(r"\s*:\s*", ":", re.sub(r"[\s.,;:\\]+$", "", text))
+    text = re.sub(r"(?:[\s,;:\\]|(?<!\.)\.(?!\.))+$", "", text)
+    text = re.sub(r"\s*:\s*", ":", text)
     text = re.sub(r"\s+", " ", text).strip()
     while text.startswith("{") and _closing_brace(text) == len(text) - 1:
         text = text[1:-1].strip()
@@ -74,7 +81,8 @@ def _plain_text(match: re.Match) -> str:
 def _tidy_numbers(text: str) -> str:
     r"""50\%, 90^\circ, 5 million, 0.\dot{3} and 0.\overline{3} as words and formulas."""
     text = re.sub(r"\\?%", " percent ", text)
-    text = re.sub(r"(?<=\d )([mgshLNJWVK]|in)(?=[ /^.]|$)", lambda unit: UNITS[unit[0]], text)
+    text = re.sub(r"(?<=\d )([mgshLNJWVK]|in)(?=\.?$|/[smh]\b|\^[23]$)",
+                  lambda unit: UNITS[unit[0]], text)
     circle = r"(?:\{\s*\})?\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree"
     text = re.sub(rf"(\\(?:sin|cos|tan|cot))\s*[({{]?\s*([\d.]+)\s*(?:{circle})\s*[)}}]?",
                   r"\1(\\frac{\2\\pi}{180})", text)
@@ -112,7 +120,8 @@ def split_choice(text: str) -> tuple[str, str]:
     Two letters are no choice, nor is one in a formula or a list: "(A) or (B)", "(A) + 1".
     """
     mark = r"(?:\(\s*([A-J])\s*\)|([A-J])[.):])"
-    match = re.fullmatch(rf"{mark}(?: (?!(?:and|or)\b|[,;/+=^_(]|- |\\c[au]p)(.*)|$)|([A-J])", text)
+    option = r"(?: |(?=\d))(?!(?:and|or)\b|[,;/+=^_]|- |\\c[au]p)(.*)"
+    match = re.fullmatch(rf"{mark}(?:{option}|$)|([A-J])", text)
     if not match or re.search(mark, match[3] or ""):
         return "", text
     return match[1] or match[2] or match[4], match[3] or ""
@@ -140,15 +149,20 @@ NUMBER_WORDS = set("""
     opposite negative negated imaginary times plus minus over divided multiplied added subtracted
     raised choose mod modulo rem remainder remaining base binary octal hexadecimal ternary more less
     fewer above below minimum maximum max not wrong false incorrect none never neither except unless
-    undefined impossible infinite infinity exclusive point abc abcd sin cos tan log exp cosh sinh
-    cosine sine logarithm gcd lcm arg det dim ceil floor
+    undefined impossible infinite infinity exclusive but otherwise when without only until between
+    through excluded smaller greater larger bigger least most approximately roughly maybe grand mega
+    kilo myriad googol permille quintillion fold tenfold quadrupled reversed inverted squareroot
+    cuberoot modulus power exponent product sum difference quotient time off invalid nothing void
+    unknown error loss debt deficit short ago recurring repeating ish point abc abcd sin cos tan log
+    exp cosh sinh cosine sine logarithm gcd lcm arg det dim ceil floor
 """.split())  # after a number they may change it
-CHANGING = re.compile("[百千万亿倍半折成负不以上下零一二两三四五六七八九十]")
+CHANGING = re.compile("[百千万亿倍半折成负不以上下左右多约零一二两三四五六七八九十]")
 
-# Words have three letters or more, or are "no", or stand in this table.
+# Words have three letters or more, or stand in these tables.
+SHORT_WORDS = "(?:no|on|up|is|it|we|he|if|so|to|do|go|(?-i:[IVX]{2}))"
 SHORT_UNITS = "|".join(unit for unit in UNITS if len(unit) > 1 and unit != "in" and unit.isascii())
-WORD = (rf"(?<![\\a-zA-Z_{{])(?:{SHORT_UNITS}|sq)s?{END}"
-        r"|(?<![\\\w{^])(?:[a-zA-Z]{3,}|no\b)|[\u4e00-\u9fff]+")
+WORD = (rf"(?<![\\a-zA-Z_{{])(?:{SHORT_UNITS}|sq|m/s)s?{END}"
+        rf"|(?<![\\\w{{^])(?:[a-zA-Z]{{3,}}|{SHORT_WORDS}\b)|[\u4e00-\u9fff]+")
 POWER = r"\s*\^\s*\{?\s*-?[1-3]\s*\}?|(?<=[a-zA-Z])[23]"
 UNIT = re.compile(rf"{WORD}|/\s*[a-zA-Z]{END}|{POWER}|[\s/.()]|\\cdot{END}", re.IGNORECASE)
 
@@ -170,7 +184,8 @@ def split_unit(text: str) -> tuple[str | None, str]:
     if (not UNIT.sub("", tail) and all(map(_may_be_unit, found))
             and re.search(r"\d|\\[a-zA-Z]", formula)):
         return formula, _unit_name(tail)
-    return (text, "") if re.search(r"[+*=^_|\\]", text) else (None, "")
+    is_formula = re.search(r"[+*=^_|\\]", text) or text.lower() in UNITS  # as mg without a number
+    return (text, "") if is_formula else (None, "")
 
 
 def _may_be_unit(word: str) -> bool:
@@ -179,7 +194,8 @@ def _may_be_unit(word: str) -> bool:
     if not word.isascii():
         return not CHANGING.search(word)
     is_known = word in UNITS or singular in UNITS or word.lower() == "sq"
-    return is_known or singular not in NUMBER_WORDS and bool(re.search("[aeiou]", word.lower()))
+    changes = {word.lower(), singular} & NUMBER_WORDS
+    return is_known or not changes and bool(re.search("[aeiou]", word.lower()))
 
 
 def _singular(word: str) -> str:

@@ -41,7 +41,7 @@ def grader():
     ("#### Step 1\nSo it is $\\boxed{7}$.", "7"),  # a heading
     ("####", ""),
     ("proof", ""), ("Proof", ""), ("notfound", ""), (" N/A ", ""), ("nan", ""), (["proof"], ""),
-    ("None", "None"), ("\\text{proof}", "\\text{proof}"),
+    ("None", "None"), ("\\text{proof}", ""),
     ("Hence $x = \\boxed{\\frac{1}{2}}$, since \\boxed{3} is too large.", "3"),
     ("the set \\boxed{\\left\\{ \\frac{a}{b}, 2 \\right.}", "\\left\\{ \\frac{a}{b}, 2 \\right."),
     (27.0, "27"),

@@ -210,6 +210,37 @@ def test_a_sampler_of_another_model_ends_the_run_before_anything_is_saved(device
     assert newest_checkpoint(tmp_path / "run")[1].step == 3 and "nats" not in capsys.readouterr().out
 
 
+def test_updates_that_teach_nothing_do_not_keep_a_run_from_saving(device):
+    """A skipped update changes no weight: only updates in a row that are not finite speak of a run that is lost."""
+    state = RunState(step=1)
+    watch_run(state, {"updates": 1, "updates_not_finite": 1, "accept_rate": 0.5}, flags())
+    assert state.not_finite == 1
+    state.step = 2
+    watch_run(state, {"updates_empty": 2}, flags())
+    assert state.not_finite == 0
+    watch_run(state, {"updates_not_finite": 2}, flags())
+    watch_run(state, {"updates_empty": 2, "samples_not_finite": 3}, flags())
+    assert state.not_finite == 4
+
+
+def test_a_copy_of_a_checkpoint_under_another_number_is_neither_read_nor_deleted(device, tmp_path):
+    words = [*QUICK, "--save-every", "1", "--keep", "1", "--out", str(tmp_path / "run")]
+    raft.main(words)
+    saved = newest_checkpoint(tmp_path / "run")[0]
+    copy = saved.with_name("step-000099")
+    shutil.copytree(saved, copy)
+    assert newest_checkpoint(tmp_path / "run")[0] == saved
+    raft.main([*words, "--resume", "--steps", "3"])
+    assert copy.is_dir() and newest_checkpoint(tmp_path / "run")[1].step == 3
+
+
+def test_a_log_of_somebody_else_is_not_emptied_by_resume(device, tmp_path):
+    (tmp_path / "log.jsonl").write_text("mine")
+    with pytest.raises(InputError, match="has a log.jsonl, but neither args.json nor a checkpoint; choose another --out"):
+        raft.main([*QUICK, "--out", str(tmp_path), "--resume"])
+    assert (tmp_path / "log.jsonl").read_text() == "mine"
+
+
 def test_a_small_gap_is_said_once_a_run(device, capsys):
     state = RunState()
     for state.step, gap in enumerate([None, 0.009, 0.011, 0.02, 0.5], start=1):

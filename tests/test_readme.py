@@ -54,7 +54,8 @@ def test_a_log_goes_to_a_tracker(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "raft-gvm-0").mkdir(parents=True)
     (tmp_path / "runs" / "raft-gvm-0" / "log.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": null}\n')
-    exec(block_with("wandb"), {"wandb": tracker, "json": json})
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    exec(block_with("wandb"), {})
     assert lines == [{"step": 0}, {"step": 1, "loss": None}]
 
 
