@@ -10,11 +10,12 @@ every byte that lives is counted, temporaries and autocast's bf16 copies of a la
 for CUDA's, since the meta device has no autocast. All else is arithmetic on shapes.
 
 Assumed: rows of the greatest length, all of it response; vLLM samples, and its activations and CUDA graphs take part of
-what is called key-value cache here; the reference is in bf16; AdamW is fused (else its step takes 4 more bytes a
+what is called key-value cache here; AdamW is fused (else its step takes 4 more bytes a
 parameter); FSDP2 gathers fp32 weights and shares gradients out after every micro-batch. The greatest of each kind are
 added up, though they need not come at the same time.
 
-Not counted: CUDA's context, NCCL, fragments (a GPU of "80 GB" has 85e9 bytes); the start, when ranks hold whole models.
+Not counted: CUDA's context, NCCL, fragments (a GPU of "80 GB" has 85e9 bytes); the start, when a rank holds one whole model in fp32, and its share of
+the reference, less than later.
 """
 
 import argparse
@@ -60,6 +61,17 @@ def parameter_counts(config) -> tuple[int, int, int]:
               if type(module).__name__ in model._no_split_modules]
     total = sum(p.numel() for p in model.parameters())
     return total, max(layers), total - sum(layers)
+
+
+def reference_bytes(config) -> tuple[int, int]:
+    """Bytes of the KL reference: (all, of what is in no layer). Its linear layers are in bf16, the rest is in fp32."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    policy_module.linears_to_bf16(model)
+    layers = [sum(p.nbytes for p in module.parameters()) for module in model.modules()
+              if type(module).__name__ in model._no_split_modules]
+    total = sum(p.nbytes for p in model.parameters())
+    return total, total - sum(layers)
 
 
 def head_size(text_config) -> int:
@@ -126,19 +138,20 @@ def activation_bytes(config_json: str, rows: int, time: int, training: bool, che
 def phases(config, gpus: int, fsdp: bool, args) -> dict[str, dict[str, float]]:
     """Bytes on each GPU: for each phase of a step, those of each kind. args: flags.
 
-    P parameters take 4 P for weights, 4 P for gradients, 8 P for AdamW's two moments, 2 P for the reference; FSDP2
-    divides each by the number of GPUs.
+    P parameters take 4 P for weights, 4 P for gradients, 8 P for AdamW's two moments, and a bit more than 2 P for the
+    reference; FSDP2 divides each by the number of GPUs.
     """
     total, layer, root = parameter_counts(config)
     vocabulary, hidden = config.get_text_config().vocab_size, config.get_text_config().hidden_size
-    share, has_reference = total / (gpus if fsdp else 1), args.kl_coef > 0
+    shares = gpus if fsdp else 1
+    share, (reference, its_root) = total / shares, reference_bytes(config) if args.kl_coef > 0 else (0, 0)
     held = {"weights, fp32": FP32 * share, "gradients, fp32": FP32 * share, "AdamW's state, fp32": 2 * FP32 * share,
-            "reference, bf16": BF16 * share * has_reference}
+            "reference, bf16 and fp32": reference / shares}
     # DDP's gradients are its buckets, which stay; FSDP2's are freed after the step.
     idle = held | {"gradients, fp32": 0 if fsdp else FP32 * share}
     # FSDP2 leaves the root (embedding, head) whole after a forward pass: the policy's until it goes backward, the
     # reference's for good. Of the layers, one is in use and whole, and the next is on its way.
-    reference_root = BF16 * root * fsdp * has_reference
+    reference_root = its_root * fsdp
     whole_root = FP32 * root * fsdp + reference_root
     two_layers = 2 * FP32 * layer * fsdp
     longest = args.max_prompt_tokens + args.max_response_tokens

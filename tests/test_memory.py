@@ -18,6 +18,9 @@ from model import Policy
 # 40 tokens x 16 numbers in embedding and in head, two layers of 4 x 16² + 3 x 16 x 32 + 2 x 16, a norm of 16
 ROOT, LAYER = 2 * 40 * 16 + 16, 2592
 P = ROOT + 2 * LAYER
+# In bytes, of the reference: linear layers in bf16, the embedding and the norms in fp32
+REFERENCE_ROOT = 40 * 16 * (4 + 2) + 4 * 16
+REFERENCE = REFERENCE_ROOT + 2 * (2 * LAYER + 2 * 2 * 16)
 
 
 def flags(*words):
@@ -65,19 +68,23 @@ def test_parameters_and_their_states_by_hand():
     assert memory.parameter_counts(config_of(tie_word_embeddings=True)) == (P - 40 * 16, LAYER, ROOT - 40 * 16)
     ddp = memory.phases(config_of(), 4, False, flags("--kl-coef", 0.1))
     for kinds in ddp.values():
-        assert [kinds[name] for name in list(kinds)[:4]] == [4 * P, 4 * P, 8 * P, 2 * P]
+        assert [kinds[name] for name in list(kinds)[:4]] == [4 * P, 4 * P, 8 * P, REFERENCE]
         assert not any(kinds[name] for name in kinds if name.startswith("FSDP2"))
     fsdp = memory.phases(config_of(), 4, True, flags("--kl-coef", 0.1))
     for phase, kinds in fsdp.items():
         gradients = P if phase in ("training", "optimizer") else 0
-        assert [kinds[name] for name in list(kinds)[:4]] == [P, gradients, 2 * P, P / 2]
-    assert memory.phases(config_of(), 4, True, flags())["sampling"]["reference, bf16"] == 0
+        assert [kinds[name] for name in list(kinds)[:4]] == [P, gradients, 2 * P, REFERENCE / 4]
+    assert memory.phases(config_of(), 4, True, flags())["sampling"]["reference, bf16 and fp32"] == 0
+    # A tied head is the embedding: in fp32.
+    tied = config_of(tie_word_embeddings=True)
+    assert memory.reference_bytes(tied) == (REFERENCE - 2 * 40 * 16, REFERENCE_ROOT - 2 * 40 * 16)
 
 
 def test_what_fsdp_gathers_by_hand():
     found = memory.phases(config_of(), 4, True, flags("--kl-coef", 0.1))
     gathered = [kinds["FSDP2's gathered weights"] for kinds in found.values()]
-    assert gathered == [6 * ROOT, 6 * ROOT + 8 * LAYER, 6 * ROOT + 8 * LAYER, 2 * ROOT]
+    both = 4 * ROOT + REFERENCE_ROOT
+    assert gathered == [both, both + 8 * LAYER, both + 8 * LAYER, REFERENCE_ROOT]
     assert found["training"]["FSDP2's whole gradients"] == 4 * ROOT + 8 * LAYER
     without = memory.phases(config_of(), 4, True, flags())
     assert [kinds["FSDP2's gathered weights"] for kinds in without.values()][::3] == [4 * ROOT, 0]
@@ -214,7 +221,7 @@ def test_where_a_phase_does_not_fit_the_flags_that_help_are_shown(capsys, monkey
 @pytest.mark.slow
 def test_the_script_runs_as_users_run_it():
     done = run_script("tests/memory.py", "--gpus", 2, "--fsdp", "--kl-coef", 0.1, "--vllm-memory", 0.3)
-    assert "FSDP2's whole gradients" in done.stdout and "reference, bf16" in done.stdout
+    assert "FSDP2's whole gradients" in done.stdout and "reference, bf16 and fp32" in done.stdout
     # 0.3 x 80e9 bytes without 2 x 358,464, by 2 x 3 layers x 96 numbers x 2 bytes
     assert done.stdout.splitlines()[-1] == "358,464 parameters; the cache holds 20,832,711 tokens"
 
