@@ -113,7 +113,7 @@ def main() -> None:
     args = flags(*words)
     model, tokenizer = load_model(args, device)
     if part == "draw":
-        with Grader(1) as grader:
+        with Grader(workers=1) as grader:
             problems = load_prompts(args.data, args.split, tokenizer, args, 9, training=True)
             sampler, counts = HfSampler(model, tokenizer, args), [3, 0, 1, 4, 1, 1, 2, 7, 2]
             samples = draw(sampler, grader, problems, counts, seed_key=(0, 0, 1), temperature=1.0)
