@@ -84,7 +84,8 @@ def shape(device: torch.device, checkpointing: bool) -> tuple:
         words = ["--max-prompt-tokens", 1024, "--max-response-tokens", 3072, "--tokens-per-micro-batch", 16384]
     args = flags("--loss", "raft", *words, *["--gradient-checkpointing"] * checkpointing)
     while True:
-        predicted = sum(memory.phases(config, 1, False, args)["training"].values())
+        kinds = memory.phases(config, 1, False, args)["training"]
+        predicted = sum(kinds.values()) - kinds["engine's CUDA graphs"]
         if predicted < 0.92 * capacity or args.tokens_per_micro_batch <= 4096:
             return config, args, predicted
         args.tokens_per_micro_batch //= 2

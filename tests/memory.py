@@ -9,8 +9,8 @@ Measured: activations. The model runs forward and backward on fake tensors, whic
 every byte that lives is counted, temporaries and autocast's bf16 copies of a layer's weights included. Fake CPU tensors stand
 for CUDA's, since the meta device has no autocast. All else is arithmetic on shapes.
 
-Assumed: rows of the greatest length, all of it response; vLLM samples, and its activations and CUDA graphs take part of
-what is called key-value cache here; AdamW is fused (else its step takes 4 more bytes a
+Assumed: rows of the greatest length, all of it response; vLLM samples, and its activations take part of what is called
+key-value cache here; its CUDA graphs take 2 GB (1 to 2 by its own reports) beside its share, asleep or not; AdamW is fused (else its step takes 4 more bytes a
 parameter); FSDP2 gathers fp32 weights and shares gradients out after every micro-batch. The greatest of each kind are
 added up, though they need not come at the same time.
 
@@ -39,6 +39,7 @@ import raft  # noqa: E402
 import run  # noqa: E402
 
 FP32, BF16 = 4, 2  # bytes
+CUDA_GRAPHS = 2e9
 SHAPES = {  # what --model knows without a file
     "qwen2.5-1.5b": Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                                 num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
@@ -146,7 +147,7 @@ def phases(config, gpus: int, fsdp: bool, args) -> dict[str, dict[str, float]]:
     shares = gpus if fsdp else 1
     share, (reference, its_root) = total / shares, reference_bytes(config) if args.kl_coef > 0 else (0, 0)
     held = {"weights, fp32": FP32 * share, "gradients, fp32": FP32 * share, "AdamW's state, fp32": 2 * FP32 * share,
-            "reference, bf16 and fp32": reference / shares}
+            "reference, bf16 and fp32": reference / shares, "engine's CUDA graphs": CUDA_GRAPHS}
     # DDP's gradients are its buckets, which stay; FSDP2's are freed after the step.
     idle = held | {"gradients, fp32": 0 if fsdp else FP32 * share}
     # FSDP2 leaves the root (embedding, head) whole after a forward pass: the policy's until it goes backward, the
@@ -157,23 +158,25 @@ def phases(config, gpus: int, fsdp: bool, args) -> dict[str, dict[str, float]]:
     longest = args.max_prompt_tokens + args.max_response_tokens
     rows = max(args.tokens_per_micro_batch // longest, 1)  # of a micro-batch
     measure = functools.partial(activation_bytes, config.to_json_string(use_diff=False), rows, longest)
-    # Logits, logits / T and log_softmax live at once; going backward, log_softmax and two gradients.
-    logits = 3 * min(policy_module.HEAD_BYTES, rows * longest * vocabulary * FP32)
+    chunk = min(policy_module.HEAD_BYTES, rows * longest * vocabulary * FP32)
     engine = args.vllm_memory * args.gpu_gigabytes * 1e9
+    # The logits of a decoding step as they come and in fp32, and their log-probs.
+    engine_logits = (args.sampler_batch_size or 1024) * vocabulary * (BF16 + 2 * FP32)
     return {
         "sampling": idle | {"FSDP2's gathered weights": whole_root, "engine's weights, bf16": BF16 * total,
-                            "key-value cache": engine - BF16 * total},
+                                              "engine's logits": engine_logits,
+                              "key-value cache": engine - BF16 * total - engine_logits},
         "scoring": idle | {
             "FSDP2's gathered weights": whole_root + two_layers, "activations": measure(training=False),
-            "chunk of logits": logits,
+            "chunk of logits": 2 * chunk,  # logits and log_softmax
             "norm's buffers": vocabulary * hidden * (FP32 + BF16),  # the sum over chunks, and what is added
         },
         "training": held | {
             "FSDP2's gathered weights": whole_root + two_layers,
             "FSDP2's whole gradients": FP32 * root * fsdp + two_layers,  # a layer's, and the copy that is shared out
             "activations": measure(training=True, checkpointing=args.gradient_checkpointing),
-            "chunk of logits": logits,
-            "head's gradient": 2 * vocabulary * hidden * BF16,  # the sum over chunks, what is added
+            "chunk of logits": 3 * chunk,  # log_softmax and two gradients
+            "head's gradient": vocabulary * hidden * (FP32 + BF16),  # the sum over chunks, and the weight in bf16
         },
         "optimizer": held | {"FSDP2's gathered weights": reference_root},
     }
