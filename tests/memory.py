@@ -110,9 +110,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@functools.cache  # it takes seconds, and most flags do not change it
-def activation_bytes(config_json: str, rows: int, time: int, training: bool, checkpointing=False, bf16=True) -> int:
-    """The most bytes that live at once while (rows, time) tokens go through the model up to its head.
+def count_pass(counter: type, config_json: str, rows: int, time: int, training: bool, checkpointing=False, bf16=True):
+    """A LiveBytes, or the like, that was on while (rows, time) tokens went through the model up to its head.
 
     training: forward and backward; otherwise forward, without gradients. bf16: under autocast, as on CUDA; its copies
     of the weights are counted. The weights themselves and their gradients are not.
@@ -124,7 +123,7 @@ def activation_bytes(config_json: str, rows: int, time: int, training: bool, che
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
-        with LiveBytes(known) as live:
+        with counter(known) as found:
             ids = torch.zeros(rows, time, dtype=torch.long)
             with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=bf16,
                                                                          cache_enabled=False):
@@ -133,7 +132,13 @@ def activation_bytes(config_json: str, rows: int, time: int, training: bool, che
             del output
             if training:
                 loss.backward()
-    return live.peak
+    return found
+
+
+@functools.cache  # it takes seconds, and most flags do not change it
+def activation_bytes(config_json: str, rows: int, time: int, **how) -> int:
+    """The most bytes that live at once in count_pass's pass."""
+    return count_pass(LiveBytes, config_json, rows, time, **how).peak
 
 
 def phases(config, gpus: int, fsdp: bool, args) -> dict[str, dict[str, float]]:
