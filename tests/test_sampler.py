@@ -250,6 +250,8 @@ def test_an_epoch_visits_every_problem_once():
     epochs = [ids(1) + ids(2) + ids(3), ids(4) + ids(5) + ids(6)]
     assert all(len(set(epoch)) == 12 for epoch in epochs) and epochs[0] != epochs[1]
     assert ids(5) == ids(5) != ids(5, seed=1)
+    from_one_set = sum(i < 7 for i in ids(1) + ids(2))  # ids count rows of all sets of --data, one after the other
+    assert 1 < from_one_set < 7  # they are shuffled together
 
 
 def test_describe_by_hand():
