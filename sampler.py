@@ -45,7 +45,6 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
     firsts = np.broadcast_to(first_index, len(problems)).tolist()
     requests = [(problem, first + j) for problem, first, count in zip(problems, firsts, counts)
                 for j in range(count)]
-
     pieces = cut_in_pieces([problem.id for problem, _ in requests], dist.get_world_size())
 
     def respond(my_pieces: list[list[int]]) -> list[list[Sample]]:
@@ -62,7 +61,8 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
         left = iter(samples)
         return [[next(left) for _ in piece] for piece in my_pieces]
 
-    drawn = dict(zip(chain(*pieces), chain(*share_out(pieces, respond))))
+    # Back in the order of the requests.
+    drawn = dict(zip(chain(*pieces), chain(*share_out(pieces, respond)), strict=True))
     return [drawn[place] for place in range(len(requests))]
 
 

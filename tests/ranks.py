@@ -115,7 +115,7 @@ def main() -> None:
     if part == "draw":
         with Grader(workers=1) as grader:
             problems = load_prompts(args.data, args.split, tokenizer, args, 9, training=True)
-            sampler, counts = HfSampler(model, tokenizer, args), [3, 0, 1, 4, 1, 1, 2, 7, 2]
+            sampler, counts = HfSampler(model, tokenizer, args), [40, 0, 12, 50, 12, 11, 25, 85, 21]
             samples = draw(sampler, grader, problems, counts, seed_key=(0, 0, 1), temperature=1.0)
         result = json.dumps([[s.problem, s.index, s.response_ids.tolist(), s.reward] for s in samples])
         if dist.get_rank() == 0:
