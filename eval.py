@@ -52,8 +52,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
 def evaluate(sampler, grader, problems: list[Problem], args, timer=nullcontext) -> dict:
     """The means of `summarise` over --eval-samples samples per problem, for the log.
 
-    Every call has the same seeds (not with vLLM on CUDA): only the model makes a difference. timer:
-    RunState's, for "eval", or none.
+    Every call has the same seeds: only the model makes a difference. timer: RunState's, for "eval",
+    or none.
     """
     k = args.eval_samples
     with timer("eval"):
@@ -164,7 +164,7 @@ def complete_benchmark(path: Path, problems: list[Problem], sampler, grader, arg
                          "were not asked for; choose another --out")
     missing = [wanted[key] for key in wanted if key not in held]
     # Samples drawn before they are saved: four batches, so that the engine is rarely half empty.
-    at_once = 4 * dist.get_world_size() * args.sampler_batch_size
+    at_once = 4 * dist.get_world_size() * sampler.batch_size
     bar = tqdm(desc=path.stem, total=len(problems) * args.samples, initial=len(rows), unit="sample",
                disable=dist.get_rank() > 0)
     for start in range(0, len(missing), at_once):

@@ -56,13 +56,13 @@ def add_reward_flags(parser: argparse.ArgumentParser) -> None:
 class Grader(AbstractContextManager):
     """Grades samples. To be used as a context manager.
 
-    workers: by default this rank's share of the machine's cores; they start when they are needed.
+    workers: by default this rank's share of the cores that it may use; they start when needed.
     deadline: seconds for one answer.
     """
 
     def __init__(self, reward: Reward = REWARDS["answer"], workers: int | None = None,
                  deadline: float = 10.0):
-        share = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        share = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.threads = ThreadPoolExecutor(workers or share)  # each waits for one worker
         self.reward, self.deadline, self.idle = reward, deadline, []
 

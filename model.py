@@ -191,7 +191,9 @@ class Policy(nn.Module):
 
     def _log_softmax(self, hidden):  # (tokens, hidden) to (tokens, vocabulary), in fp32
         logits = self.model.get_output_embeddings()(hidden).float()
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+        if self.temperature != 1:  # at 1 it would copy them for nothing
+            logits = logits / self.temperature
+        return torch.log_softmax(logits, dim=-1)
 
     def _target_logprobs(self, hidden, targets):
         return self._log_softmax(hidden).gather(1, targets[:, None]).squeeze(1)  # (tokens,)
@@ -222,10 +224,19 @@ class Policy(nn.Module):
 
 def load_reference(args: argparse.Namespace, device: torch.device) -> Policy:
     """The policy of --model as it is, from which the KL is taken; never from a checkpoint."""
-    reference = Policy(load_model(args, device)[0], args.temperature)
+    reference = Policy(load_model(args, device)[0], args.temperature).requires_grad_(False)
     if device.type == "cuda":
-        reference.bfloat16()  # it computes in bf16 there anyway
+        linears_to_bf16(reference.model)
     return reference
+
+
+def linears_to_bf16(model) -> None:
+    """Round what autocast rounds in every pass, so that no result changes. It leaves in fp32 the
+    norms, the embedding (with a head that is tied to it) and buffers such as rotary frequencies."""
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:
+            module.bfloat16()
 
 
 @torch.no_grad()

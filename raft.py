@@ -108,12 +108,14 @@ def set_up(args: argparse.Namespace, device: torch.device, checkpoint, state: Ru
 
     learner: the policy, in the form that all ranks train. reference: None without --kl-coef.
     """
-    policy, reference, tokenizer, problems, eval_problems = run.on_every_rank(
-        load, args, device, checkpoint)
-    note_problems(state, {args.data: problems, args.eval_data: eval_problems})
-    learner = distribute(policy, args.fsdp)
+    # The reference first: it is halved and shared out before the policy comes, so that no GPU holds
+    # two whole models in fp32.
+    reference = run.on_every_rank(load_reference, args, device) if args.kl_coef > 0 else None
     if reference and args.fsdp:
         distribute(reference, args.fsdp)
+    policy, tokenizer, problems, eval_problems = run.on_every_rank(load, args, device, checkpoint)
+    note_problems(state, {args.data: problems, args.eval_data: eval_problems})
+    learner = distribute(policy, args.fsdp)
     optimizer = torch.optim.AdamW(policy.parameters(), args.lr, fused=device.type == "cuda",
                                   weight_decay=args.weight_decay)
     if checkpoint:
@@ -122,12 +124,11 @@ def set_up(args: argparse.Namespace, device: torch.device, checkpoint, state: Ru
 
 
 def load(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
-    """What a rank loads by itself: policy, reference, tokenizer, problems, those to evaluate."""
+    """What a rank loads by itself: policy, tokenizer, problems, those to evaluate."""
     if BENCHMARKS.keys() & set(args.data.split(",")):
         raise run.InputError(f"--data {args.data}: is there to evaluate; train on another one")
     model, tokenizer = load_model(args, device, checkpoint)
     policy = Policy(model, args.temperature, args.gradient_checkpointing)
-    reference = load_reference(args, device) if args.kl_coef > 0 else None
     problems = load_prompts(args.data, args.split, tokenizer, args, training=True)
     eval_problems = load_prompts(args.eval_data, args.eval_split, tokenizer, args, training=False)
     check_prompts(model, problems + eval_problems)
@@ -135,7 +136,7 @@ def load(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
     if not args.updates_per_step <= args.prompts_per_step <= prompts_looked_at(args) <= most:
         raise run.InputError("--prompts-per-step: from --updates-per-step to --candidates-per-step,"
                              f" if set, which is at most {most}, the number of problems")
-    return policy, reference, tokenizer, problems, eval_problems
+    return policy, tokenizer, problems, eval_problems
 
 
 # --- before the updates of a step ----------------------------------------------------------------

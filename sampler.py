@@ -2,7 +2,8 @@
 
 A sample is a function of (seed, purpose, step, problem, index) alone, not of the rank that draws
 it nor of the samples that share its batch: one rank or eight, a resumed run or a fresh one, draw
-the same text. That holds on CPUs. On CUDA, bf16 depends on the batch, and vLLM draws by rank.
+the same text. That holds on CPUs. On CUDA the random numbers are the same too, but rounding in bf16
+depends on the batch: a text is the same until that tips a choice between two tokens.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import atexit
 import importlib.util
 import os
 from contextlib import nullcontext
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch.distributed as dist
 
 from batches import gather_tensor
 from data import Problem, Sample
-from run import InputError, number, positive_int, share_out
+from run import InputError, RunError, number, positive_int, share_out
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +30,8 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         help="who generates; hf: transformers; auto: vllm if it is installed and CUDA is there")
     add("--vllm-memory", type=number(float, low=0.01, high=1), default=0.4,
         help="share of each GPU's memory that vllm takes while it samples; no effect on a CPU")
-    add("--sampler-batch-size", type=positive_int, default=256, help="sequences sampled at once")
+    add("--sampler-batch-size", type=positive_int,
+        help="sequences sampled at once; None: 1024 for vllm on CUDA, else 256")
     add("--seed", type=number(int, low=0, high=2**32 - 1), default=0, help="of samples and order")
 
 
@@ -37,14 +40,15 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
     """Draw counts[i] graded samples of problems[i]: the same list, in their order, on every rank.
 
     counts: (problems,). seed_key: (seed, purpose, step). first_index: of each problem's samples,
-    one for all or (problems,). timer: RunState's, or none. Ranks take turns in the requests: the
-    samples of a hard problem are many and long, too many for one rank.
+    one for all or (problems,). timer: RunState's, or none.
     """
     firsts = np.broadcast_to(first_index, len(problems)).tolist()
     requests = [(problem, first + j) for problem, first, count in zip(problems, firsts, counts)
                 for j in range(count)]
+    pieces = cut_in_pieces([problem.id for problem, _ in requests], dist.get_world_size())
 
-    def respond(mine: list[tuple[Problem, int]]) -> list[Sample]:
+    def respond(my_pieces: list[list[int]]) -> list[list[Sample]]:
+        mine = [requests[place] for place in chain(*my_pieces)]
         seeds = [_seed(*seed_key, problem.id, index) for problem, index in mine]
         responses = sampler([problem.prompt_ids for problem, _ in mine], seeds, temperature, timer)
         texts = [sampler.tokenizer.decode(ids, skip_special_tokens=True) for ids, *_ in responses]
@@ -54,9 +58,29 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
             for (problem, index), response, text in zip(mine, responses, texts)]
         with timer("grade"):
             grader.grade(samples, [problem.answer for problem, _ in mine])
-        return samples
+        left = iter(samples)
+        return [[next(left) for _ in piece] for piece in my_pieces]
 
-    return share_out(requests, respond)
+    # Back in the order of the requests.
+    drawn = dict(zip(chain(*pieces), chain(*share_out(pieces, respond)), strict=True))
+    return [drawn[place] for place in range(len(requests))]
+
+
+def cut_in_pieces(ids: list[int], ranks: int) -> list[list[int]]:
+    """Places in `ids`, the problems of requests, in pieces for ranks that take turns.
+
+    A rank reads the prompt of a piece once. But the samples of a hard problem are many and long,
+    too many for one rank: a piece has at most four. The large ones come first, so that ranks differ
+    by four samples at most, and pieces are smaller where that would be much.
+    """
+    most = min(max(len(ids) // (32 * ranks), 1), 4)
+    pieces: list[list[int]] = []
+    for place, problem in enumerate(ids):
+        if pieces and len(pieces[-1]) < most and ids[pieces[-1][0]] == problem:
+            pieces[-1].append(place)
+        else:
+            pieces.append([place])
+    return sorted(pieces, key=len, reverse=True)
 
 
 def _seed(*key: int) -> int:
@@ -79,7 +103,7 @@ class HfSampler:
     def __init__(self, model, tokenizer, args):
         self.model, self.tokenizer = model, tokenizer
         self.end_ids = model.generation_config.eos_token_id
-        self.max_tokens, self.batch_size = args.max_response_tokens, args.sampler_batch_size
+        self.max_tokens, self.batch_size = args.max_response_tokens, args.sampler_batch_size or 256
 
     @torch.no_grad()
     def __call__(self, prompts: list[list[int]], seeds, temperature, timer=nullcontext) -> list:
@@ -127,7 +151,7 @@ def gumbel_max(logits: torch.Tensor, generators: list[torch.Generator], temperat
     """
     noise = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
     if temperature > 0:
-        logits = logits / temperature
+        logits = logits if temperature == 1 else logits / temperature
         for row, generator in zip(noise, generators):
             row.exponential_(generator=generator)
         noise = -noise.log()  # if E is exponential, -ln E is Gumbel
@@ -138,48 +162,50 @@ def gumbel_max(logits: torch.Tensor, generators: list[torch.Generator], temperat
 
 # --- vLLM ------------------------------------------------------------------------------------
 class VllmSampler:
-    """One vLLM engine per rank, in the trainer's process.
-
-    On a CPU each sample has a seed of its own. On CUDA that would bypass vLLM's fast sampling
-    kernel, for nothing, since rounding depends on the batch there anyway: a call has one seed.
-    """
+    """One vLLM engine per rank, in the trainer's process. Each sample has a seed of its own."""
 
     def __init__(self, model, tokenizer, args):
         self.model, self.tokenizer = model, tokenizer
         self.end_ids = model.generation_config.eos_token_id
-        self.max_tokens, self.cuda = args.max_response_tokens, model.device.type == "cuda"
+        self.max_tokens, on_cuda = args.max_response_tokens, model.device.type == "cuda"
+        # A decoding step reads all weights, for however many sequences.
+        self.batch_size = args.sampler_batch_size or (1024 if on_cuda else 256)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process
         import vllm._custom_ops  # slow to import, and the hf sampler does without it
 
-        if self.cuda:
+        if on_cuda:
             torch.cuda.empty_cache()  # the engine looks at what is free
             special = {"dtype": "bfloat16", "gpu_memory_utilization": args.vllm_memory,
                        "enable_sleep_mode": True}
         else:
             vllm._custom_ops._supports_onednn = False  # it packs weights: no loading them again
             torch._dynamo.config.disable = True  # it would run a C++ compiler for longer than us
-            special = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+            special = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True,
+                       # After a part of a prompt it would turn back a generator, which cannot.
+                       "enable_chunked_prefill": False}
         self.llm = vllm.LLM(
             args.model, skip_tokenizer_init=True, generation_config="vllm",
             load_format="dummy",  # the weights come from the trainer
             distributed_executor_backend="external_launcher",
-            seed=args.seed * dist.get_world_size() + dist.get_rank(),
             max_model_len=args.max_prompt_tokens + args.max_response_tokens,
-            max_num_seqs=args.sampler_batch_size,
+            max_num_seqs=self.batch_size,
             logprobs_mode="processed_logprobs",  # at the temperature, as the trainer has them
             **special)
         atexit.register(self.llm.llm_engine.engine_core.shutdown)  # before the process group
         self.llm.sleep(level=2)  # gives the memory to the trainer; keeps neither weights nor cache
 
     def sync(self) -> None:
-        """Wake up with the trainer's weights, without keys and values of earlier ones."""
+        """Wake up with the trainer's weights, without keys and values of earlier ones: else
+        RunError."""
         torch.cuda.empty_cache()  # what the trainer has freed; nothing on a CPU
         self.llm.wake_up(tags=["weights"])
         weights = ((name, gather_tensor(tensor)) for name, tensor in self.model.named_parameters())
         self.llm.apply_model(lambda engine: engine.load_weights(weights))
         self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RunError("vllm: cannot forget the keys and values of earlier weights; --resume "
+                           "goes on from the newest whole checkpoint")
 
     def __call__(self, prompts: list[list[int]], seeds, temperature, timer=nullcontext) -> list:
         """As HfSampler's. The prefix cache spares the engine reading a prompt more than once."""
@@ -190,12 +216,10 @@ class VllmSampler:
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         params = [SamplingParams(
             temperature=temperature, max_tokens=self.max_tokens, detokenize=False,
-            seed=None if self.cuda else seed // 2,  # vLLM's are signed
+            seed=seed // 2,  # vLLM's are signed
             stop_token_ids=self.end_ids, ignore_eos=True,  # EOS is among the stop tokens
             logprobs=0,  # of the sampled token only
         ) for seed in seeds]
-        if self.cuda and seeds:  # else a resumed run draws the first steps' numbers again
-            torch.cuda.manual_seed(seeds[0])
         shows_bar = dist.get_rank() == 0 and len(requests) > 1000  # it takes long
         results = self.llm.generate(requests, params, use_tqdm=shows_bar)
         self.llm.sleep(level=2)
@@ -223,7 +247,11 @@ def make_sampler(model, tokenizer, args):
         raise InputError("--fsdp: transformers wants the whole model at once; add --sampler vllm")
     try:
         return SAMPLERS[name](model, tokenizer, args)
-    except (ImportError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"--sampler {args.sampler}: {reason}; on GPU nodes pip install "
+    except ImportError as error:
+        raise InputError(f"--sampler {args.sampler}: {error}; on GPU nodes pip install "
                          "vllm==0.32.0, elsewhere use --sampler hf") from error
+    except (ValueError, RuntimeError) as error:
+        if model.device.type == "cuda":  # memory, a driver, a kernel: all of its report is needed
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"--sampler {args.sampler}: {reason}; use --sampler hf") from error

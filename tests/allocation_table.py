@@ -16,6 +16,7 @@ import run  # noqa: E402 (the project's modules lie one folder up)
 from allocator import allocate  # noqa: E402
 from batches import add_memory_flags, distribute  # noqa: E402
 from data import add_data_flags, load_prompts  # noqa: E402
+from files import append_rows  # noqa: E402
 from grader import Grader  # noqa: E402
 from gvm import RULES, SampleSource, add_budget_flags, estimate, settle_budget  # noqa: E402
 from losses import WEIGHTINGS  # noqa: E402
@@ -63,7 +64,7 @@ def main(argv=None) -> None:
     table["weights"] = rule.weights(*(table[name] for name in ("accept_rate", "norm_right", "norm_wrong")), args)
     reused = args.pilot_samples if args.e_step_every == 1 else 0
     table["counts"] = counts = allocate(table["weights"], args.samples_per_prompt * number, min_samples=reused)
-    run.on_rank0(run.append_rows, out, [dict(zip(table, row)) for row in zip(*(x.tolist() for x in table.values()))])
+    run.on_rank0(append_rows, out, [dict(zip(table, row)) for row in zip(*(x.tolist() for x in table.values()))])
     run.print0(f"budget: {counts.sum()} samples, {counts.min()} to {counts.max()} per problem")
     even = args.samples_per_prompt + args.pilot_samples - reused
     ratio = describe_pilot(table, even, is_variance=rule.objective is not None)["predicted_variance"]

@@ -1,118 +1,50 @@
-"""Does it work on this GPU? In minutes, by one process on one GPU; on a CPU a short form of it, for the script itself.
+"""Does it work on this GPU? In minutes; on a CPU a short form of it, for the script itself.
 
-    python tests/gpu_check.py                                # on an H100 add --peak-tflops 989
+    python tests/gpu_check.py                                # one GPU; on an H100 add --peak-tflops 989
+    torchrun --nproc-per-node 2 tests/gpu_check.py           # two: DDP, FSDP2, an engine each, save and resume
 
 Prints a table as the checks go on, "check | measured | expected | ok", and exits with 1 if a row is not ok. It needs
-torch and transformers only: answers are graded by comparing text, and vLLM is checked where it is installed. On a CPU
-the toy's shape stands for that of 1.5B parameters, and the policy computes in fp32, so bf16 is tried on norms alone.
+torch and transformers only: answers are graded by comparing text; what needs vLLM or math-verify says "not run" where
+it is not installed. On a CPU the toy's shape stands for that of 1.5B parameters, and the policy computes in fp32, so
+bf16 is tried on norms and on the KL reference alone. Checks with an engine have a process of their own: seven engines
+start, which takes most of the time. `--only "vllm seeds"` is one check alone.
 """
 
 import argparse
+import copy
 import functools
 import gc
-import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections import namedtuple
 from contextlib import redirect_stdout
 from pathlib import Path
 from unittest import mock
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # all models are here, or made here
-sys.path.insert(0, str(Path(__file__).parents[1]))
-if importlib.util.find_spec("math_verify") is None:  # eval.py notes its version
-    version = importlib.metadata.version
-    importlib.metadata.version = lambda name: "not installed" if name == "math-verify" else version(name)
+from gpu_rows import PlainGrader, Row, at_most, flags, not_run, random_policy, seconds, shape, toy  # first: sets the path
 
-import memory  # noqa: E402 (the project's modules lie one folder up)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+import memory  # the modules lie beside this one, and one folder up
+import numpy as np
+import torch
+import torch.distributed as dist
+from gpu_vllm import vllm_at_scale, vllm_draws, vllm_of_two, vllm_seeds
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer
 
-import raft  # noqa: E402
-import run  # noqa: E402
-from answers import extract_boxed  # noqa: E402
-from batches import collate, distribute, fill_logprobs, gather_tensor  # noqa: E402
-from data import EVALUATION, TOY, Sample, load_prompts  # noqa: E402
-from grader import Grader  # noqa: E402
-from model import Policy, load_model  # noqa: E402
-from sampler import HfSampler, VllmSampler, draw  # noqa: E402
+import raft
+import run
+from batches import collate, distribute, fill_logprobs, gather_tensor
+from checkpoint import RunState, load_optimizer, newest_checkpoint, save_checkpoint
+from data import TOY, Sample
+from losses import kl_k3
+from model import Policy, linears_to_bf16, load_model
 
 LINE = "{:66} | {:18} | {:14} | {}"
-Row = namedtuple("Row", "check measured expected ok", defaults=("-", True))  # texts, and whether it is as expected
-
-
-def at_most(check: str, value: float, bound: float) -> Row:
-    """A row that is ok if value <= bound; NaN is not."""
-    return Row(check, f"{value:.3g}", f"<= {bound:g}", bool(value <= bound))
-
-
-class PlainGrader(Grader):
-    """Compares text, which will do for the toy, and needs no worker."""
-
-    def __call__(self, responses: list[str], answers: list[str]) -> list[tuple[bool, bool]]:
-        return [(extract_boxed(text) == answer, False) for text, answer in zip(responses, answers, strict=True)]
-
-
-def flags(*words) -> argparse.Namespace:
-    """The flags of raft.py and memory.py, with their defaults."""
-    return run.parse_flags(list(map(str, words)), memory.__doc__, raft.add_flags, memory.add_flags)
-
-
-def toy(device: torch.device, args, number: int = 64, kind=HfSampler) -> tuple:
-    """(policy, sampler, problems, samples): one graded response, with old_logprobs, to each problem."""
-    model, tokenizer = load_model(args, device)
-    policy, sampler = Policy(model), kind(model, tokenizer, args)
-    problems = load_prompts(args.data, args.split, tokenizer, args, number, training=True)
-    samples = draw(sampler, PlainGrader(), problems, [1] * number, seed_key=(0, EVALUATION, 0), temperature=1.0)
-    fill_logprobs(policy, samples, args.tokens_per_micro_batch, into="old_logprobs")
-    return policy, sampler, problems, samples
-
-
-def shape(device: torch.device, checkpointing: bool) -> tuple:
-    """(config, flags, bytes that training takes by memory.py): 4 rows of 4,096 tokens, or what fits; see above."""
-    config, words, capacity = AutoConfig.from_pretrained(TOY), ["--tokens-per-micro-batch", 2048], np.inf
-    if device.type == "cuda":
-        config, capacity = memory.SHAPES["qwen2.5-1.5b"], torch.cuda.get_device_properties(device).total_memory
-        words = ["--max-prompt-tokens", 1024, "--max-response-tokens", 3072, "--tokens-per-micro-batch", 16384]
-    args = flags("--loss", "raft", *words, *["--gradient-checkpointing"] * checkpointing)
-    while True:
-        predicted = sum(memory.phases(config, 1, False, args)["training"].values())
-        if predicted < 0.92 * capacity or args.tokens_per_micro_batch <= 4096:
-            return config, args, predicted
-        args.tokens_per_micro_batch //= 2
-
-
-def random_policy(config, args, device: torch.device) -> tuple:
-    """(policy of random fp32 weights, rows that fill a micro-batch, nearly all response; the second needs padding)."""
-    torch.manual_seed(0)
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    longest, samples = args.max_prompt_tokens + args.max_response_tokens, []
-    for row in range(args.tokens_per_micro_batch // longest):
-        ids = torch.randint(3, config.vocab_size, (longest - 1 - 3 * (row == 1),), dtype=torch.int32).numpy()
-        samples.append(Sample(row, 0, [3], ids, True, advantage=1.0, loss_weight=1 / len(ids),
-                              sampler_logprobs=np.zeros(len(ids), np.float32)))
-    return Policy(model, gradient_checkpointing=args.gradient_checkpointing), samples
-
-
-def seconds(function, device: torch.device, repeats: int = 3) -> float:
-    """The fastest of some calls, after one that warms up."""
-    times = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 # --- checks: functions of (device, options) that return rows ------------------------------------
@@ -243,55 +175,151 @@ def fsdp_equals_ddp(device, options) -> list[Row]:
     return [at_most("FSDP2 against DDP, one rank: an update's changes", worst, 1e-4 if device.type == "cuda" else 1e-6)]
 
 
-def vllm_draws(device, options) -> list[Row]:
-    """A draw of the toy by vLLM: its log-probs, speed, weight sync and memory. Last: the engine stays."""
-    if device.type != "cuda" or importlib.util.find_spec("vllm") is None:
-        return [Row("vllm sampler", "skipped: needs CUDA and vllm")]
-    with redirect_stdout(sys.stderr):
-        _, sampler, _, samples = toy(device, flags("--vllm-memory", 0.3), 512, VllmSampler)
-    start, prompts = time.perf_counter(), [sample.prompt_ids for sample in samples]
-    drawn = sum(len(ids) for ids, *_ in sampler(prompts, list(range(len(prompts))), 1.0))
-    speed, free = drawn / (time.perf_counter() - start), [torch.cuda.mem_get_info()[0]]  # bytes of the whole GPU
-    start = time.perf_counter()
-    sampler.sync()
-    torch.cuda.synchronize()
-    taken = time.perf_counter() - start
-    free.append(torch.cuda.mem_get_info()[0])
-    sampler.llm.sleep(level=2)
-    gaps = np.concatenate([np.abs(sample.old_logprobs - sample.sampler_logprobs) for sample in samples])
-    return [at_most("vllm sampler: difference of log-probs, mean", gaps.mean(), 0.01),
-            Row("vllm sampler: difference of log-probs, largest", f"{gaps.max():.3g}"),
-            Row("vllm sampler: weight sync of the toy", f"{taken:.2f} s"),
-            Row("vllm sampler: GB free asleep, awake", ", ".join(f"{size / 1e9:.2f}" for size in free)),
-            Row("vllm sampler: tokens/s, a sync included", f"{speed:,.0f}")]
+@torch.no_grad()
+def reference_of_itself(device, options) -> list[Row]:
+    """k3 of a policy against the KL reference that is made of it: 0, if only what autocast rounds was rounded."""
+    config, args, _ = shape(device, checkpointing=True)
+    policy, samples = random_policy(config, args, device)
+    reference, batch = copy.deepcopy(policy).requires_grad_(False), collate(samples[:1], device)
+    linears_to_bf16(reference.model)
+    in_bf16 = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    with mock.patch.object(Policy, "_autocast", lambda _: in_bf16):  # on a CPU, too
+        k3 = kl_k3(policy(**batch), reference(**batch))
+    kinds = sorted({str(buffer.dtype) for buffer in reference.buffers()})
+    return [at_most(f"KL reference of the policy itself, {len(k3)} tokens: largest k3", k3.max().item(), 1e-6),
+            Row("KL reference: its buffers", ", ".join(kinds), "torch.float32", kinds == ["torch.float32"])]
+
+
+def save_and_load(device, options) -> list[Row]:
+    """Seconds of a checkpoint of the shape's model and AdamW's state: to save it, and to go on from it."""
+    config, args, _ = shape(device, checkpointing=True)
+    policy, samples = random_policy(config, args, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=device.type == "cuda")
+    raft.optimizer_step(distribute(policy), optimizer, samples[:1], args, on_policy=True)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        save_checkpoint(Path(folder), RunState(step=1), policy.model, optimizer, AutoTokenizer.from_pretrained(TOY), 1)
+        saved = time.perf_counter()
+        path, _ = newest_checkpoint(Path(folder))
+        model, _ = load_model(args, device, path)
+        load_optimizer(path, policy.model, optimizer)
+        taken = saved - start, time.perf_counter() - saved
+        size = sum(file.stat().st_size for file in path.iterdir()) / 1e9
+    equal = all(map(torch.equal, policy.model.parameters(), model.parameters()))
+    return [Row(f"a checkpoint of {size:.2f} GB is saved in", f"{taken[0]:.1f} s"),
+            Row("... checked and loaded in", f"{taken[1]:.1f} s"),
+            Row("... with the weights that were saved", str(equal), "True", equal)]
+
+
+def raft_as_a_process(device, options) -> list[Row]:
+    """raft.py as users run it, with a KL reference and vLLM where it is installed: two steps, then two more."""
+    if importlib.util.find_spec("math_verify") is None:
+        return [not_run("raft.py as a process", "math-verify")]
+    sampler = "vllm" if importlib.util.find_spec("vllm") else "hf"
+    script = Path(__file__).parents[1] / "raft.py"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, script, "--sampler", sampler, "--kl-coef", "0.001", "--eval-samples", "1",
+                   "--vllm-memory", "0.3", "--out", f"{folder}/run"]
+        for more in (["--steps", "2"], ["--steps", "4", "--resume"]):
+            subprocess.run([*command, *more], check=True, stdout=sys.stderr, timeout=240)
+        log = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
+    steps, gap = [line["step"] for line in log], max(line["sampler_gap"] for line in log[1:])
+    kl = log[1]["kl"]  # before the first update the policy is the reference
+    return [Row(f"raft.py as a process, sampler {sampler}: steps in its log", str(steps), "[0, 1, 2, 3, 4]",
+                steps == [0, 1, 2, 3, 4]),
+            at_most("raft.py as a process: sampler_gap, largest", gap, 0.01),
+            at_most("raft.py as a process: kl at step 1", abs(kl), 1e-6)]
+
+
+# --- checks of two ranks --------------------------------------------------------------------------
+def two_ranks_equal_one(device, options) -> list[Row]:
+    """What one update of the toy by SGD changes, by DDP and FSDP2 on these ranks, and in a process without either."""
+    args, rows = flags("--updates-per-step", 1, "--grad-clip", 1e6), []  # no clipping
+    *_, problems, samples = toy(device, args)
+    [trained] = raft.split_updates(problems, samples, args)
+    alone = Policy(load_model(args, device)[0])
+    raft.micro_batch_loss(alone, trained, args, on_policy=True)[0].backward()
+    gradient = torch.cat([p.grad.flatten() for p in alone.parameters()])
+    for fsdp in (False, True):
+        policy = Policy(load_model(args, device)[0])
+        before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+        learner = distribute(policy, fsdp)
+        raft.optimizer_step(learner, torch.optim.SGD(policy.parameters(), lr=1.0), trained, args, on_policy=True)
+        change = torch.cat([gather_tensor(p.detach()).flatten() for p in policy.parameters()]) - before
+        error = ((change + gradient).norm() / gradient.norm()).item()
+        name = "FSDP2" if fsdp else "DDP"
+        rows.append(at_most(f"{name} on two ranks against one: relative error of an update", error,
+                            0.02 if device.type == "cuda" else 1e-4))  # of numbers near 1 in fp32
+    return rows
+
+
+def two_ranks_save_and_resume(device, options) -> list[Row]:
+    """Two steps of the toy on two ranks, and two more from the checkpoint."""
+    folder = run.of_rank0(tempfile.mkdtemp())
+    words = ["--sampler", "hf", "--eval-samples", "1", "--out", f"{folder}/run"]
+    with redirect_stdout(sys.stderr), mock.patch("raft.Grader", PlainGrader):
+        raft.main([*words, "--steps", "2"])
+        raft.main([*words, "--steps", "4", "--resume"])
+    steps = [json.loads(line)["step"] for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
+    dist.barrier()
+    run.on_rank0(shutil.rmtree, folder)
+    return [Row("two ranks, resumed at step 2: steps in the log", str(steps), "[0, 1, 2, 3, 4]", steps == [0, 1, 2, 3, 4])]
 
 
 CHECKS = {
-    "bf16": bf16_against_fp32, "RAFT++": raft_learns_and_resumes, "norms": norms, "FSDP2 against DDP": fsdp_equals_ddp,
+    "bf16": bf16_against_fp32, "KL reference": reference_of_itself, "RAFT++": raft_learns_and_resumes, "norms": norms,
+    "FSDP2 against DDP": fsdp_equals_ddp,
     "update with checkpointing": functools.partial(training_cost, checkpointing=True),
-    "update without checkpointing": functools.partial(training_cost, checkpointing=False), "vllm sampler": vllm_draws,
+    "update without checkpointing": functools.partial(training_cost, checkpointing=False),
+    "save and load": save_and_load, "raft.py": raft_as_a_process, "vllm sampler": vllm_draws, "vllm seeds": vllm_seeds,
+    "vllm tied": functools.partial(vllm_at_scale, tied=True), "vllm untied": functools.partial(vllm_at_scale, tied=False),
 }
+CHECKS_OF_TWO = {"DDP and FSDP2": two_ranks_equal_one, "save and resume": two_ranks_save_and_resume, "vllm": vllm_of_two}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this script."""
     parser.add_argument("--peak-tflops", type=run.number(float, low=1), help="of the GPU in bf16; H100 SXM: 989")
+    parser.add_argument("--only", choices=CHECKS, help="one check, without the head of the table")
+
+
+def rows_of(name: str, check, device, options) -> list[Row]:
+    """A check's rows; if it raises, one that says so: the other checks go on."""
+    try:
+        return check(device, options)
+    except Exception as error:  # whatever a new machine brings
+        if dist.get_world_size() > 1:  # the other rank waits
+            raise
+        traceback.print_exc()
+        return [Row(name, f"{type(error).__name__}: {error}".splitlines()[0][:120], "no error", False)]
+
+
+def passes_in_own_process(name: str) -> bool:
+    """Whether a check's rows, which another process prints, are ok: an engine would keep its memory in this one."""
+    try:
+        return subprocess.run([sys.executable, __file__, "--only", name], timeout=240).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(LINE.format(name, "takes too long", "240 s", "NO"), flush=True)
+        return False
 
 
 def main(argv=None) -> None:
     """Print the table; exit code 1 if a row is not ok."""
     options = run.parse_flags(argv, __doc__, add_flags)
     device, all_ok = run.join_ranks(), True
-    print(torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", f"torch {torch.__version__}")
-    print(LINE.format("check", "measured", "expected", "ok"), flush=True)
-    for name, check in CHECKS.items():
-        try:
-            rows = check(device, options)
-        except Exception as error:  # whatever a new machine brings; the other checks go on
-            traceback.print_exc()
-            rows = [Row(name, f"{type(error).__name__}: {error}".splitlines()[0][:120], "no error", False)]
+    checks = CHECKS if dist.get_world_size() == 1 else CHECKS_OF_TWO
+    if options.only:
+        checks = {options.only: CHECKS[options.only]}
+    else:
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        run.print0(f"{machine} torch {torch.__version__}\n" + LINE.format("check", "measured", "expected", "ok"))
+    for name, check in checks.items():
+        if name.startswith("vllm ") and not options.only and importlib.util.find_spec("vllm"):
+            all_ok = passes_in_own_process(name) and all_ok
+            continue
+        rows = rows_of(name, check, device, options)
         for row in rows:
-            print(LINE.format(*row[:3], "yes" if row.ok else "NO"), flush=True)
+            run.print0(LINE.format(*row[:3], "yes" if row.ok else "NO"))
         all_ok = all_ok and all(row.ok for row in rows)
         gc.collect()
         torch.cuda.empty_cache()  # nothing on a CPU

@@ -9,12 +9,13 @@ Measured: activations. The model runs forward and backward on fake tensors, whic
 every byte that lives is counted, temporaries and autocast's bf16 copies of a layer's weights included. Fake CPU tensors stand
 for CUDA's, since the meta device has no autocast. All else is arithmetic on shapes.
 
-Assumed: rows of the greatest length, all of it response; vLLM samples, and its activations and CUDA graphs take part of
-what is called key-value cache here; the reference is in bf16; AdamW is fused (else its step takes 4 more bytes a
+Assumed: rows of the greatest length, all of it response; vLLM samples, and its activations take part of what is called
+key-value cache here; its CUDA graphs take 2 GB (1 to 2 by its own reports) beside its share, asleep or not; AdamW is fused (else its step takes 4 more bytes a
 parameter); FSDP2 gathers fp32 weights and shares gradients out after every micro-batch. The greatest of each kind are
 added up, though they need not come at the same time.
 
-Not counted: CUDA's context, NCCL, fragments (a GPU of "80 GB" has 85e9 bytes); the start, when ranks hold whole models.
+Not counted: CUDA's context, NCCL, fragments (a GPU of "80 GB" has 85e9 bytes); the start, when a rank holds one whole model in fp32, and its share of
+the reference, less than later.
 """
 
 import argparse
@@ -38,6 +39,7 @@ import raft  # noqa: E402
 import run  # noqa: E402
 
 FP32, BF16 = 4, 2  # bytes
+CUDA_GRAPHS = 2e9
 SHAPES = {  # what --model knows without a file
     "qwen2.5-1.5b": Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                                 num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
@@ -60,6 +62,17 @@ def parameter_counts(config) -> tuple[int, int, int]:
               if type(module).__name__ in model._no_split_modules]
     total = sum(p.numel() for p in model.parameters())
     return total, max(layers), total - sum(layers)
+
+
+def reference_bytes(config) -> tuple[int, int]:
+    """Bytes of the KL reference: (all, of what is in no layer). Its linear layers are in bf16, the rest is in fp32."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    policy_module.linears_to_bf16(model)
+    layers = [sum(p.nbytes for p in module.parameters()) for module in model.modules()
+              if type(module).__name__ in model._no_split_modules]
+    total = sum(p.nbytes for p in model.parameters())
+    return total, total - sum(layers)
 
 
 def head_size(text_config) -> int:
@@ -97,9 +110,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@functools.cache  # it takes seconds, and most flags do not change it
-def activation_bytes(config_json: str, rows: int, time: int, training: bool, checkpointing=False, bf16=True) -> int:
-    """The most bytes that live at once while (rows, time) tokens go through the model up to its head.
+def count_pass(counter: type, config_json: str, rows: int, time: int, training: bool, checkpointing=False, bf16=True):
+    """A LiveBytes, or the like, that was on while (rows, time) tokens went through the model up to its head.
 
     training: forward and backward; otherwise forward, without gradients. bf16: under autocast, as on CUDA; its copies
     of the weights are counted. The weights themselves and their gradients are not.
@@ -111,7 +123,7 @@ def activation_bytes(config_json: str, rows: int, time: int, training: bool, che
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
-        with LiveBytes(known) as live:
+        with counter(known) as found:
             ids = torch.zeros(rows, time, dtype=torch.long)
             with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=bf16,
                                                                          cache_enabled=False):
@@ -120,47 +132,56 @@ def activation_bytes(config_json: str, rows: int, time: int, training: bool, che
             del output
             if training:
                 loss.backward()
-    return live.peak
+    return found
+
+
+@functools.cache  # it takes seconds, and most flags do not change it
+def activation_bytes(config_json: str, rows: int, time: int, **how) -> int:
+    """The most bytes that live at once in count_pass's pass."""
+    return count_pass(LiveBytes, config_json, rows, time, **how).peak
 
 
 def phases(config, gpus: int, fsdp: bool, args) -> dict[str, dict[str, float]]:
     """Bytes on each GPU: for each phase of a step, those of each kind. args: flags.
 
-    P parameters take 4 P for weights, 4 P for gradients, 8 P for AdamW's two moments, 2 P for the reference; FSDP2
-    divides each by the number of GPUs.
+    P parameters take 4 P for weights, 4 P for gradients, 8 P for AdamW's two moments, and a bit more than 2 P for the
+    reference; FSDP2 divides each by the number of GPUs.
     """
     total, layer, root = parameter_counts(config)
     vocabulary, hidden = config.get_text_config().vocab_size, config.get_text_config().hidden_size
-    share, has_reference = total / (gpus if fsdp else 1), args.kl_coef > 0
+    shares = gpus if fsdp else 1
+    share, (reference, its_root) = total / shares, reference_bytes(config) if args.kl_coef > 0 else (0, 0)
     held = {"weights, fp32": FP32 * share, "gradients, fp32": FP32 * share, "AdamW's state, fp32": 2 * FP32 * share,
-            "reference, bf16": BF16 * share * has_reference}
+            "reference, bf16 and fp32": reference / shares, "engine's CUDA graphs": CUDA_GRAPHS}
     # DDP's gradients are its buckets, which stay; FSDP2's are freed after the step.
     idle = held | {"gradients, fp32": 0 if fsdp else FP32 * share}
     # FSDP2 leaves the root (embedding, head) whole after a forward pass: the policy's until it goes backward, the
     # reference's for good. Of the layers, one is in use and whole, and the next is on its way.
-    reference_root = BF16 * root * fsdp * has_reference
+    reference_root = its_root * fsdp
     whole_root = FP32 * root * fsdp + reference_root
     two_layers = 2 * FP32 * layer * fsdp
     longest = args.max_prompt_tokens + args.max_response_tokens
     rows = max(args.tokens_per_micro_batch // longest, 1)  # of a micro-batch
     measure = functools.partial(activation_bytes, config.to_json_string(use_diff=False), rows, longest)
-    # Logits, logits / T and log_softmax live at once; going backward, log_softmax and two gradients.
-    logits = 3 * min(policy_module.HEAD_BYTES, rows * longest * vocabulary * FP32)
+    chunk = min(policy_module.HEAD_BYTES, rows * longest * vocabulary * FP32)
     engine = args.vllm_memory * args.gpu_gigabytes * 1e9
+    # The logits of a decoding step as they come and in fp32, and their log-probs.
+    engine_logits = (args.sampler_batch_size or 1024) * vocabulary * (BF16 + 2 * FP32)
     return {
         "sampling": idle | {"FSDP2's gathered weights": whole_root, "engine's weights, bf16": BF16 * total,
-                            "key-value cache": engine - BF16 * total},
+                                              "engine's logits": engine_logits,
+                              "key-value cache": engine - BF16 * total - engine_logits},
         "scoring": idle | {
             "FSDP2's gathered weights": whole_root + two_layers, "activations": measure(training=False),
-            "chunk of logits": logits,
+            "chunk of logits": 2 * chunk,  # logits and log_softmax
             "norm's buffers": vocabulary * hidden * (FP32 + BF16),  # the sum over chunks, and what is added
         },
         "training": held | {
             "FSDP2's gathered weights": whole_root + two_layers,
             "FSDP2's whole gradients": FP32 * root * fsdp + two_layers,  # a layer's, and the copy that is shared out
             "activations": measure(training=True, checkpointing=args.gradient_checkpointing),
-            "chunk of logits": logits,
-            "head's gradient": 2 * vocabulary * hidden * BF16,  # the sum over chunks, what is added
+            "chunk of logits": 3 * chunk,  # log_softmax and two gradients
+            "head's gradient": vocabulary * hidden * (FP32 + BF16),  # the sum over chunks, and the weight in bf16
         },
         "optimizer": held | {"FSDP2's gathered weights": reference_root},
     }

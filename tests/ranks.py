@@ -1,4 +1,6 @@
-"""What tests run under torchrun: `ranks.py draw OUT`, `update OUT FLAGS`, `save OUT FLAGS`, `fail OUT`, `differ OUT`; rank 0 writes."""
+"""What tests run under torchrun: `ranks.py draw OUT`, `update OUT FLAGS`, `save OUT FLAGS`, `k3 OUT FLAGS`, `fail OUT`, `differ OUT`.
+
+Rank 0 writes OUT."""
 
 import json
 import os
@@ -9,13 +11,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from conftest import flags, m_step, make_sample
+from transformers import AutoTokenizer
 
 import grpo
 from batches import distribute, fill_logprobs, fill_norms, gather_tensor, prompt_states
 from checkpoint import load_optimizer, newest_checkpoint, save_checkpoint
 from data import Problem, compare_problems, load_prompts
 from grader import Grader
-from model import Policy, load_model
+from losses import kl_k3
+from model import Policy, linears_to_bf16, load_model, load_reference
 from raft import split_updates, train_step
 from run import InputError, gather, join_ranks, on_every_rank, run_script
 from sampler import HfSampler, draw
@@ -75,6 +79,22 @@ def update_and_save(out: Path, args) -> None:
     save_checkpoint(out, state, model, optimizer, tokenizer, 2)
 
 
+def k3_of_itself(args) -> dict:
+    """The largest k3 of a fresh toy against its reference, in bf16 as on CUDA."""
+    Policy._autocast = lambda _: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    policy, reference = Policy(load_model(args, torch.device("cpu"))[0]), load_reference(args, torch.device("cpu"))
+    linears_to_bf16(reference.model)
+    for one in (policy, reference):
+        distribute(one, args.fsdp)
+    samples = toy_samples(AutoTokenizer.from_pretrained(args.model))
+    fill_logprobs(policy, samples, args.tokens_per_micro_batch, into="old_logprobs")
+    fill_logprobs(reference, samples, args.tokens_per_micro_batch, into="ref_logprobs")
+    pairs = [(torch.from_numpy(s.old_logprobs), torch.from_numpy(s.ref_logprobs)) for s in samples]
+    found = torch.cat([kl_k3(*pair) for pair in pairs])
+    in_bf16 = [name for name, tensor in reference.named_parameters() if tensor.dtype == torch.bfloat16]
+    return {"tokens": len(found), "largest": found.max().item(), "in bf16": len(in_bf16)}
+
+
 def lack_the_model() -> None:
     """As if --model were missing on rank 1."""
     if dist.get_rank() == 1:
@@ -93,14 +113,18 @@ def main() -> None:
     args = flags(*words)
     model, tokenizer = load_model(args, device)
     if part == "draw":
-        with Grader(1) as grader:
+        with Grader(workers=1) as grader:
             problems = load_prompts(args.data, args.split, tokenizer, args, 9, training=True)
-            sampler, counts = HfSampler(model, tokenizer, args), [3, 0, 1, 4, 1, 1, 2, 7, 2]
+            sampler, counts = HfSampler(model, tokenizer, args), [40, 0, 12, 50, 12, 11, 25, 85, 21]
             samples = draw(sampler, grader, problems, counts, seed_key=(0, 0, 1), temperature=1.0)
         result = json.dumps([[s.problem, s.index, s.response_ids.tolist(), s.reward] for s in samples])
         if dist.get_rank() == 0:
             with open(out, "w", encoding="utf-8") as file:
                 file.write(result)
+    elif part == "k3":
+        result = k3_of_itself(args)
+        if dist.get_rank() == 0:
+            Path(out).write_text(json.dumps(result))
     elif part == "save":
         update_and_save(Path(out), args)
     else:

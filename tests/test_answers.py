@@ -4,6 +4,7 @@ import time
 from multiprocessing import Pool
 
 import json
+import os
 import re
 
 import pytest
@@ -55,6 +56,17 @@ def test_math_verify_as_it_comes_is_another_reward():
     for name, verdicts in (("math-verify", [True, False, True]), ("answer", [False, True, True])):
         with Grader(REWARDS[name], workers=1) as grader:
             assert grader(responses, answers) == [(verdict, False) for verdict in verdicts]
+
+def test_workers_are_as_many_as_the_cores_that_this_process_may_use(monkeypatch):
+    allowed = os.sched_getaffinity(0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    try:
+        os.sched_setaffinity(0, {min(allowed)})  # as Slurm and containers do it
+        with Grader() as grader:
+            assert grader.threads._max_workers == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
 
 @pytest.mark.slow
 def test_odd_answers_get_a_mathematician_s_score(grader):

@@ -1,5 +1,7 @@
 """What goes wrong in practice: nothing is lost, nothing is silent. The table in tests/README.md names these tests."""
 
+import errno
+import fcntl
 import gc
 import json
 import os
@@ -340,6 +342,16 @@ def test_a_second_signal_ends_at_once_and_nohup_is_heeded():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
                           preexec_fn=default_signals)
     assert done.returncode == -signal.SIGINT and not done.stdout, done.stderr
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # Lustre's, mounted without -o flock
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(InputError, match="--out: .*Function not implemented; choose another"):
+        raft.main(["--out", str(tmp_path / "run")])
+    assert not list(tmp_path.rglob("*.json*"))
 
 
 def test_a_finished_run_says_so(straight, capsys):

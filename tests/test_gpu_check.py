@@ -17,28 +17,39 @@ importlib.metadata.version = lambda name: version("no-such-package" if name == "
 """
 UPDATE, BF16, PRODUCT = "update of 2,045 tokens, ", "norms in bf16, ", "delta^T h alone in bf16, "
 ROWS = [
-    "log-probs against fp32, ", "log-probs against fp32: largest", "gradient of ", "RAFT++, 6 steps: accuracy",
+    "log-probs against fp32, ", "log-probs against fp32: largest", "gradient of ",
+    "KL reference of the policy itself, 127 tokens: largest k3", "KL reference: its buffers", "RAFT++, 6 steps: accuracy",
     "RAFT++, step 6: sampler_gap", "resumed at step 3: accuracy", "resumed at step 3: parameters",
     BF16 + "toy: mean", BF16 + "toy: largest", PRODUCT + "toy", BF16 + "random weights: mean",
     BF16 + "random weights: largest", PRODUCT + "random weights", "norms, random weights: share of a forward pass",
     "FSDP2 against DDP",
     *(f"{UPDATE}{how} checkpointing: {what}" for how in ("with", "without") for what in ("GB", "tokens/s", "of the ")),
-    "vllm sampler",
+    "a checkpoint of ", "... checked and loaded in", "... with the weights that were saved", "raft.py as a process",
+    "vllm sampler", "vllm seeds", "vllm, tied head", "vllm, untied head",
 ]
+TWO = ["DDP on two ranks against one", "FSDP2 on two ranks against one", "two ranks, resumed at step 2", "vllm with FSDP2"]
+
+
+def rows_printed(tmp_path, *launch) -> list[list[str]]:
+    """The cells of the table that the script prints on a CPU without those packages, and its head's."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *launch, ROOT / "tests" / "gpu_check.py", "--peak-tflops", "1"],
+                          capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    machine, header, *rows = [[cell.strip() for cell in line.split(" | ")] for line in done.stdout.splitlines()]
+    assert machine[0].startswith("CPU") and header == ["check", "measured", "expected", "ok"]
+    return rows
 
 
 @pytest.mark.slow
-def test_on_a_cpu_every_row_is_there_and_ok(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, ROOT / "tests" / "gpu_check.py", "--peak-tflops", "1"], capture_output=True,
-                          text=True, env=environment, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    machine, header, *rows = [line.split(" | ") for line in done.stdout.splitlines()]
-    assert machine[0].startswith("CPU") and [cell.strip() for cell in header] == ["check", "measured", "expected", "ok"]
-    assert [row[3] for row in rows] == ["yes"] * len(ROWS)
-    assert all(row[0].startswith(name) for row, name in zip(rows, ROWS, strict=True))
-    assert rows[-1][1].strip() == "skipped: needs CUDA and vllm"
+@pytest.mark.parametrize(("launch", "names"), [
+    ([], ROWS), (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], TWO)])
+def test_on_a_cpu_every_row_is_there_and_ok(tmp_path, launch, names):
+    rows = rows_printed(tmp_path, *launch)
+    assert [row[3] for row in rows] == ["yes"] * len(names)
+    assert all(row[0].startswith(name) for row, name in zip(rows, names, strict=True))
+    assert rows[-1][1] == "not run: no vllm"
 
 
 def test_a_check_that_raises_fails_and_the_others_go_on(device, monkeypatch, capsys):

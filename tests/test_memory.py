@@ -18,6 +18,9 @@ from model import Policy
 # 40 tokens x 16 numbers in embedding and in head, two layers of 4 x 16² + 3 x 16 x 32 + 2 x 16, a norm of 16
 ROOT, LAYER = 2 * 40 * 16 + 16, 2592
 P = ROOT + 2 * LAYER
+# In bytes, of the reference: linear layers in bf16, the embedding and the norms in fp32
+REFERENCE_ROOT = 40 * 16 * (4 + 2) + 4 * 16
+REFERENCE = REFERENCE_ROOT + 2 * (2 * LAYER + 2 * 2 * 16)
 
 
 def flags(*words):
@@ -65,19 +68,23 @@ def test_parameters_and_their_states_by_hand():
     assert memory.parameter_counts(config_of(tie_word_embeddings=True)) == (P - 40 * 16, LAYER, ROOT - 40 * 16)
     ddp = memory.phases(config_of(), 4, False, flags("--kl-coef", 0.1))
     for kinds in ddp.values():
-        assert [kinds[name] for name in list(kinds)[:4]] == [4 * P, 4 * P, 8 * P, 2 * P]
+        assert [kinds[name] for name in list(kinds)[:4]] == [4 * P, 4 * P, 8 * P, REFERENCE]
         assert not any(kinds[name] for name in kinds if name.startswith("FSDP2"))
     fsdp = memory.phases(config_of(), 4, True, flags("--kl-coef", 0.1))
     for phase, kinds in fsdp.items():
         gradients = P if phase in ("training", "optimizer") else 0
-        assert [kinds[name] for name in list(kinds)[:4]] == [P, gradients, 2 * P, P / 2]
-    assert memory.phases(config_of(), 4, True, flags())["sampling"]["reference, bf16"] == 0
+        assert [kinds[name] for name in list(kinds)[:4]] == [P, gradients, 2 * P, REFERENCE / 4]
+    assert memory.phases(config_of(), 4, True, flags())["sampling"]["reference, bf16 and fp32"] == 0
+    # A tied head is the embedding: in fp32.
+    tied = config_of(tie_word_embeddings=True)
+    assert memory.reference_bytes(tied) == (REFERENCE - 2 * 40 * 16, REFERENCE_ROOT - 2 * 40 * 16)
 
 
 def test_what_fsdp_gathers_by_hand():
     found = memory.phases(config_of(), 4, True, flags("--kl-coef", 0.1))
     gathered = [kinds["FSDP2's gathered weights"] for kinds in found.values()]
-    assert gathered == [6 * ROOT, 6 * ROOT + 8 * LAYER, 6 * ROOT + 8 * LAYER, 2 * ROOT]
+    both = 4 * ROOT + REFERENCE_ROOT
+    assert gathered == [both, both + 8 * LAYER, both + 8 * LAYER, REFERENCE_ROOT]
     assert found["training"]["FSDP2's whole gradients"] == 4 * ROOT + 8 * LAYER
     without = memory.phases(config_of(), 4, True, flags())
     assert [kinds["FSDP2's gathered weights"] for kinds in without.values()][::3] == [4 * ROOT, 0]
@@ -90,12 +97,16 @@ def test_the_chunk_of_logits_ends_at_a_gibibyte():
 
 def test_head_and_engine_by_hand():
     found = memory.phases(config_of(), 1, False, flags("--vllm-memory", 0.5, "--gpu-gigabytes", 3))
-    for phase in ("scoring", "training"):
-        assert found[phase]["chunk of logits"] == 3 * 128 * 128 * 40 * 4  # 16,384 tokens: far from a gibibyte
+    for phase, tensors in (("scoring", 2), ("training", 3)):
+        assert found[phase]["chunk of logits"] == tensors * 128 * 128 * 40 * 4  # 16,384 tokens: far from a gibibyte
     assert found["scoring"]["norm's buffers"] == 40 * 16 * (4 + 2)
-    assert found["training"]["head's gradient"] == 2 * 40 * 16 * 2
+    assert found["training"]["head's gradient"] == 40 * 16 * (4 + 2)
     assert found["sampling"]["engine's weights, bf16"] == 2 * P
-    assert found["sampling"]["key-value cache"] == 1.5e9 - 2 * P
+    assert found["sampling"]["engine's logits"] == 1024 * 40 * 10
+    assert found["sampling"]["key-value cache"] == 1.5e9 - 2 * P - 1024 * 40 * 10
+    assert [kinds["engine's CUDA graphs"] for kinds in found.values()] == [2e9] * 4  # asleep, too
+    fewer = memory.phases(config_of(), 1, False, flags("--sampler-batch-size", 128))
+    assert fewer["sampling"]["engine's logits"] == 128 * 40 * 10
 
 
 def test_adamw_s_state_is_what_is_said():
@@ -162,6 +173,20 @@ def test_chunks_of_logits_take_what_is_predicted(monkeypatch):
     assert kinds["chunk of logits"] + prediction(config, 2, 300, training=True) == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_takes_what_is_predicted_in_bf16(monkeypatch, tied):
+    """With a body so small that what it keeps is little."""
+    monkeypatch.setattr(model_module, "HEAD_BYTES", 32 * 4 * 20_000)
+    monkeypatch.setattr(Policy, "_autocast", lambda _: torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
+    config = config_of(vocab_size=20_000, hidden_size=32, tie_word_embeddings=tied)
+    policy, batch = policy_of(config), batch_of(2, 50, 20_000)
+    kinds = memory.phases(config, 1, False, flags())["training"]
+    known = [*policy.parameters(), *policy.buffers(), *(p.grad for p in policy.parameters()), *batch.values()]
+    with memory.LiveBytes(known) as live:
+        policy(**batch).sum().backward()
+    assert kinds["head's gradient"] + kinds["chunk of logits"] == pytest.approx(live.peak, rel=0.05)
+
+
 def test_the_norm_s_buffers_take_what_is_predicted(monkeypatch):
     monkeypatch.setattr(model_module, "HEAD_BYTES", 4 * 4 * 4000)
     config = config_of(vocab_size=4000, hidden_size=256)
@@ -170,7 +195,7 @@ def test_the_norm_s_buffers_take_what_is_predicted(monkeypatch):
     with torch.no_grad():
         peak = real_peak(lambda: policy.logprobs_and_norms(**batch))
     on_a_cpu = kinds["norm's buffers"] + 2 * 4000 * 256  # what is added is in fp32 there
-    assert on_a_cpu + kinds["chunk of logits"] / 3 == pytest.approx(peak, rel=0.1)
+    assert on_a_cpu + kinds["chunk of logits"] / 2 == pytest.approx(peak, rel=0.1)
 
 
 def test_activations_and_logits_grow_with_the_micro_batch_and_nothing_else_does():
@@ -180,7 +205,8 @@ def test_activations_and_logits_grow_with_the_micro_batch_and_nothing_else_does(
         sizes = [kinds[phase].pop("activations") for kinds in found]
         assert sizes[0] == sizes[1] == sizes[2] < sizes[3] < sizes[4]
         logits = [kinds[phase].pop("chunk of logits") for kinds in found]
-        assert logits == [3 * tokens * 40 * 4 for tokens in (128, 128, 128, 256, 512)]
+        tensors = 3 if phase == "training" else 2
+        assert logits == [tensors * tokens * 40 * 4 for tokens in (128, 128, 128, 256, 512)]
     assert all(kinds == found[0] for kinds in found)
 
 
@@ -198,6 +224,7 @@ def test_the_shapes_have_the_published_sizes(name, parameters):
 
 def test_where_a_phase_does_not_fit_the_flags_that_help_are_shown(capsys, monkeypatch):
     monkeypatch.setitem(memory.SHAPES, "tiny", config_of(num_hidden_layers=6))
+    monkeypatch.setattr(memory, "CUDA_GRAPHS", 0)  # of a GPU so small
     words = ["--model", "tiny", "--gpus", "2", "--tokens-per-micro-batch", "1024"]
     memory.main([*words, "--gpu-gigabytes", "0.005"])
     lines = capsys.readouterr().out.replace("no: ", "no:").splitlines()
@@ -214,9 +241,9 @@ def test_where_a_phase_does_not_fit_the_flags_that_help_are_shown(capsys, monkey
 @pytest.mark.slow
 def test_the_script_runs_as_users_run_it():
     done = run_script("tests/memory.py", "--gpus", 2, "--fsdp", "--kl-coef", 0.1, "--vllm-memory", 0.3)
-    assert "FSDP2's whole gradients" in done.stdout and "reference, bf16" in done.stdout
-    # 0.3 x 80e9 bytes without 2 x 358,464, by 2 x 3 layers x 96 numbers x 2 bytes
-    assert done.stdout.splitlines()[-1] == "358,464 parameters; the cache holds 20,832,711 tokens"
+    assert "FSDP2's whole gradients" in done.stdout and "reference, bf16 and fp32" in done.stdout
+    # 0.3 x 80e9 bytes without 2 x 358,464 and 10 x 1024 x 262, by 2 x 3 layers x 96 numbers x 2 bytes
+    assert done.stdout.splitlines()[-1] == "358,464 parameters; the cache holds 20,830,382 tokens"
 
 
 def test_an_engine_without_room_for_its_weights_does_not_fit():

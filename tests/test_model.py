@@ -1,11 +1,12 @@
 """model.py: log-probs and gradient norms against autograd, and micro-batches that cover every sample."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import flags, make_sample
+from conftest import flags, make_sample, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 import model as model_module
@@ -13,6 +14,7 @@ from batches import collate, fill_logprobs, fill_norms, micro_batches
 from checkpoint import newest_checkpoint, save_checkpoint
 from folder import RunState
 from data import Problem, encode_prompt
+from losses import kl_k3
 from model import Policy, check_prompts, load_model
 from run import InputError
 from sampler import HfSampler, draw
@@ -43,6 +45,12 @@ def plain_logprobs(policy: Policy, sample, detach: bool = False) -> torch.Tensor
         logits = policy.model(ids).logits
     logprobs = torch.log_softmax(logits[0, :-1] / policy.temperature, dim=-1)
     return logprobs.gather(1, ids[0, 1:, None]).squeeze(1)[len(sample.prompt_ids) - 1 :]
+
+
+@pytest.fixture
+def in_bf16(monkeypatch):
+    """Autocast to bf16, as on CUDA."""
+    monkeypatch.setattr(Policy, "_autocast", lambda _: torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -81,6 +89,27 @@ def test_logits_of_all_tokens_are_never_held(monkeypatch):
         logprobs = policy(**collate(samples, torch.device("cpu")))
     assert tokens > 30 and saved and not [shape for shape in saved if shape[-1:] == (40,)]  # 40: the vocabulary
     logprobs.sum().backward()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_the_policy_against_itself_k3_is_0(in_bf16, tied):
+    reference, policy = tiny_policy(tied), tiny_policy(tied)
+    assert reference.requires_grad_(False) and model_module.linears_to_bf16(reference.model) is None
+    batch = collate([make_sample(0, 1.0, [3 + i % 37 for i in range(500)])], torch.device("cpu"))  # far rotations
+    logprobs = policy(**batch)
+    assert torch.equal(kl_k3(logprobs, reference(**batch)), torch.zeros(500)) and logprobs.requires_grad
+    in_fp32 = {name for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]
+               if tensor.dtype == torch.float32}
+    assert in_fp32 == {name for name, _ in [*policy.named_parameters(), *policy.named_buffers()]
+                       if "proj" not in name and (tied or "lm_head" not in name)}
+    reference.bfloat16()  # with norms, embedding and the frequencies of rotations
+    assert kl_k3(logprobs, reference(**batch)).mean() > 1e-5
+
+
+@pytest.mark.slow
+def test_of_the_policy_against_itself_k3_is_0_on_two_ranks_with_fsdp(tmp_path):
+    run_script("tests/ranks.py", "k3", tmp_path / "k3.json", "--fsdp", ranks=2)
+    assert json.loads((tmp_path / "k3.json").read_text()) == {"tokens": 303, "largest": 0.0, "in bf16": 30}
 
 
 @pytest.mark.parametrize("config", [

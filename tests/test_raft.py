@@ -15,7 +15,9 @@ from conftest import (
 )
 from transformers import AutoTokenizer
 
+import raft
 from batches import collate, distribute, fill_logprobs
+from checkpoint import RunState
 from data import Problem
 from losses import LOSSES, kl_k3, loss_weights, raft_objective
 from model import Policy, load_model
@@ -338,6 +340,23 @@ def test_samples_of_some_prompts_are_kept(device, tmp_path, kept, prompts):
 @pytest.mark.parametrize("ranks", [1, slow(2)])
 def test_sigterm_saves_the_step_and_exits(tmp_path, ranks):
     check_sigterm_saves_the_step_and_exits("raft.py", [], tmp_path / "run", ranks)
+
+
+@pytest.mark.parametrize("words", [["--fsdp"], []])
+def test_the_reference_is_shared_out_before_the_policy_is_loaded(device, monkeypatch, words):
+    """Else a GPU would hold two whole models in fp32."""
+    order = []
+
+    def spy(name):
+        function = getattr(raft, name)
+        monkeypatch.setattr(raft, name, lambda *args: [order.append((name, *map(type, args[:1]))), function(*args)][1])
+
+    for name in ("load_reference", "load_model", "distribute"):
+        spy(name)
+    raft.set_up(flags("--kl-coef", 0.1, *words), device, None, RunState())
+    loads = [("load_reference", Namespace), ("load_model", Namespace)]
+    assert order == ([loads[0], ("distribute", Policy), *loads[1:], ("distribute", Policy)] if words else
+                     [*loads, ("distribute", Policy)])
 
 
 @pytest.mark.parametrize(("words", "complaint"), [

@@ -1,7 +1,10 @@
 """sampler.py: samples that depend on nothing but their seed, drawn from the model's own distribution."""
 
+import atexit
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +14,8 @@ from conftest import flags, make_sample, run_script
 from data import Problem, encode_prompt, load_prompts, problems_of_step
 from metrics import describe_step
 from model import load_model
-from run import InputError
-from sampler import SAMPLERS, HfSampler, draw, gumbel_max, make_sampler
+from run import InputError, RunError
+from sampler import SAMPLERS, HfSampler, VllmSampler, cut_in_pieces, draw, gumbel_max, make_sampler
 
 
 def generators(number: int) -> list[torch.Generator]:
@@ -126,6 +129,81 @@ def test_several_data_sets_are_one(device, model_and_tokenizer, tmp_path):
     assert [(problem.id, problem.question) for problem in both] == [(0, "1+1"), (1, "2+2")]
 
 
+@pytest.mark.parametrize(("ranks", "mean"), [(1, 8), (8, 8), (16, 32)])
+def test_a_prompt_s_samples_stay_together_in_pieces_and_no_rank_gets_many_more(ranks, mean):
+    rng = np.random.default_rng(0)
+    counts = rng.geometric(1 / (mean + 1), 1024) - 1  # of a prompt: from none to ten times the mean
+    ids = np.repeat(rng.permutation(1024), counts).tolist()
+    lengths = rng.lognormal(6, 0.4, 1024)[ids] * rng.lognormal(0, 0.4, len(ids))  # of prompts, and samples of one
+    pieces = cut_in_pieces(ids, ranks)
+    assert sorted(place for piece in pieces for place in piece) == list(range(len(ids)))
+    assert all(len({ids[place] for place in piece}) == 1 and len(piece) <= 4 for piece in pieces)
+    assert len(pieces) == sum(-(-counts // 4))
+    shares = [[place for piece in pieces[rank::ranks] for place in piece] for rank in range(ranks)]
+    sizes, tokens = list(map(len, shares)), [lengths[share].sum() for share in shares]
+    assert max(sizes) - min(sizes) <= 4 and max(tokens) < 1.08 * np.mean(tokens)
+
+
+def test_where_a_rank_gets_few_samples_pieces_are_small():
+    assert cut_in_pieces([7, 7, 7, 8, 8, 7], 1) == [[0], [1], [2], [3], [4], [5]] and cut_in_pieces([], 2) == []
+    assert {len(piece) for piece in cut_in_pieces([7] * 192, 2)} == {3}
+
+
+class EngineOnCuda:
+    """Stands in for vllm.LLM, whose CUDA branch cannot run here: notes what is asked of it, in order."""
+
+    can_reset = True
+
+    def __init__(self, model, **settings):
+        self.settings, self.calls, self.llm_engine = settings, [], SimpleNamespace(engine_core=self)
+
+    def __getattr__(self, name: str):
+        def call(*args, tags=(), **_):
+            self.calls.append((name, *tags))
+            return self.can_reset
+        return call
+
+    def generate(self, requests, params, use_tqdm):
+        """One end token to each."""
+        self.params = params
+        self.calls.append([(request["prompt_token_ids"], param.seed) for request, param in zip(requests, params)])
+        output = SimpleNamespace(token_ids=[1], logprobs=[{1: SimpleNamespace(logprob=-0.5)}], finish_reason="stop")
+        return [SimpleNamespace(outputs=[output])] * len(requests)
+
+
+def sampler_on_cuda(model, tokenizer, monkeypatch) -> VllmSampler:
+    """One that takes itself to be on CUDA."""
+    monkeypatch.setattr(atexit, "register", lambda *_: None)
+    known = SimpleNamespace(generation_config=model.generation_config, named_parameters=model.named_parameters,
+                            device=torch.device("cuda"))
+    return VllmSampler(known, tokenizer, flags())
+
+
+@pytest.fixture
+def on_cuda(device, model_and_tokenizer, monkeypatch):
+    """Such a sampler, where vLLM is installed or not."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=EngineOnCuda, SamplingParams=SimpleNamespace))
+    monkeypatch.setitem(sys.modules, "vllm._custom_ops", SimpleNamespace())
+    return sampler_on_cuda(*model_and_tokenizer, monkeypatch)
+
+
+def test_on_cuda_too_each_request_has_its_own_seed(on_cuda):
+    prompts, seeds = [[5, 6], [5, 6], [7]], [3, 2**64 - 1, 8]
+    responses = on_cuda(prompts, seeds, 1.0)
+    assert [(r.ids.tolist(), r.logprobs.tolist(), r.finished) for r in responses] == [([1], [-0.5], True)] * 3
+    assert on_cuda.llm.calls == [
+        ("sleep",), ("wake_up", "weights"), ("apply_model",), ("wake_up", "kv_cache"), ("reset_prefix_cache",),
+        [([5, 6], 1), ([5, 6], 2**63 - 1), ([7], 4)], ("sleep",)]
+    settings = on_cuda.llm.settings  # none of them differs from rank to rank
+    assert settings["max_num_seqs"] == 1024 and settings["enable_sleep_mode"] and "seed" not in settings
+
+
+def test_an_engine_that_keeps_old_keys_and_values_ends_the_run(on_cuda, monkeypatch):
+    monkeypatch.setattr(EngineOnCuda, "can_reset", False)
+    with pytest.raises(RunError, match="vllm: cannot forget the keys and values of earlier weights; --resume"):
+        on_cuda([[5, 6]], [3], 1.0)
+
+
 @pytest.mark.parametrize("error", [ImportError("No module named 'vllm'"), ValueError("not\nsupported " + "x" * 999)])
 def test_without_a_vllm_that_starts_there_is_one_line(model_and_tokenizer, monkeypatch, error):
     def fail(*_):
@@ -135,7 +213,16 @@ def test_without_a_vllm_that_starts_there_is_one_line(model_and_tokenizer, monke
     assert isinstance(make_sampler(*model_and_tokenizer, flags()), HfSampler)  # auto, on a CPU
     with pytest.raises(InputError, match="--sampler vllm: (No module|not supported).*--sampler hf") as raised:
         make_sampler(*model_and_tokenizer, flags("--sampler", "vllm"))
-    assert len(str(raised.value)) < 400
+    assert len(str(raised.value)) < 400 and ("pip install" in str(raised.value)) == isinstance(error, ImportError)
+
+
+def test_an_engine_that_fails_on_cuda_shows_its_own_error(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA error: no kernel image")
+
+    monkeypatch.setitem(SAMPLERS, "vllm", fail)
+    with pytest.raises(RuntimeError, match="^CUDA error: no kernel image$"):
+        make_sampler(SimpleNamespace(device=torch.device("cuda")), None, flags("--sampler", "vllm"))
 
 
 def test_a_rank_may_have_nothing_to_draw(device, model_and_tokenizer, grader, problems):
@@ -145,11 +232,13 @@ def test_a_rank_may_have_nothing_to_draw(device, model_and_tokenizer, grader, pr
 
 @pytest.mark.slow
 def test_two_ranks_draw_what_one_draws(device, model_and_tokenizer, grader, problems, tmp_path):
+    """Enough samples for pieces of four."""
     run_script("tests/ranks.py", "draw", tmp_path / "two.json", ranks=2)
     sampler = HfSampler(*model_and_tokenizer, flags())
-    one = draw(sampler, grader, problems[:9], [3, 0, 1, 4, 1, 1, 2, 7, 2], seed_key=(0, 0, 1),
+    one = draw(sampler, grader, problems[:9], [40, 0, 12, 50, 12, 11, 25, 85, 21], seed_key=(0, 0, 1),
                temperature=1.0)
     two = json.loads((tmp_path / "two.json").read_text())
+    assert len(two) == 256 and [row[:2] for row in two] == sorted(row[:2] for row in two)  # in order, though drawn in pieces
     assert two == [[s.problem, s.index, s.response_ids.tolist(), s.reward] for s in one]
 
 
@@ -163,6 +252,8 @@ def test_an_epoch_visits_every_problem_once():
     epochs = [ids(1) + ids(2) + ids(3), ids(4) + ids(5) + ids(6)]
     assert all(len(set(epoch)) == 12 for epoch in epochs) and epochs[0] != epochs[1]
     assert ids(5) == ids(5) != ids(5, seed=1)
+    from_one_set = sum(i < 7 for i in ids(1) + ids(2))  # ids count rows of all sets of --data, one after the other
+    assert 1 < from_one_set < 7  # they are shuffled together
 
 
 def test_describe_by_hand():

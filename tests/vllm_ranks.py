@@ -29,9 +29,11 @@ def main() -> None:
     problems = load_prompts(args.data, args.split, tokenizer, args, 9, training=True)
     long = [Problem(100 + i, f"{LONG}{i}", str(135 + i)) for i in range(2)]
     long = [replace(problem, prompt_ids=encode_prompt(tokenizer, problem)) for problem in long]
+    many = [Problem(200 + i, f"{i}{LONG}1", str(136 + i)) for i in range(40)]  # nothing in common: more tokens than a batch
+    many = [replace(problem, prompt_ids=encode_prompt(tokenizer, problem)) for problem in many]
     ddp_policy, optimizer = distribute(policy), torch.optim.AdamW(policy.parameters(), lr=1e-3)
 
-    with Grader(1) as grader:
+    with Grader(workers=1) as grader:
         def sample(problems: list[Problem], counts: list[int], step: int) -> list:
             samples = draw(sampler, grader, problems, counts, seed_key=(0, 0, step),
                            temperature=args.temperature)
@@ -55,6 +57,9 @@ def main() -> None:
         facts = {"samples": [[s.problem, s.index, s.response_ids.tolist(), s.finished, s.reward] for s in first],
                  "greedy": [greedy(sampler), greedy(HfSampler(model, tokenizer, args))],
                  "alone": sample(problems[7:8], [1], 1)[0].response_ids.tolist(), "gap": gap(first)}
+        crowd = sample(many, [1] * len(many), 1)
+        facts |= {"prompt tokens": sum(len(s.prompt_ids) for s in crowd), "gap in a crowd": gap(crowd),
+                  "last of a crowd": [crowd[-1].response_ids.tolist(), sample(many[-1:], [1], 1)[0].response_ids.tolist()]}
         train(first)
         facts |= {"gap after a step": gap(sample(problems, [4] * 9, 2)), "long gap": gap(sample(long, [2, 2], 2))}
         train(first)
@@ -63,7 +68,7 @@ def main() -> None:
         engine.sleep = engine.wake_up = lambda *_, **__: None  # sleeping would empty the prefix cache, too
         sampler.sync = lambda: None
         facts |= {"gap without sync": gap(sample(problems, [4] * 9, 3))}
-        sampler.sync, reset, engine.reset_prefix_cache = sync, engine.reset_prefix_cache, lambda: None
+        sampler.sync, reset, engine.reset_prefix_cache = sync, engine.reset_prefix_cache, lambda: True
         sample(long, [2, 2], 3)  # leaves its keys and values in the cache
         train(first)
         facts |= {"long gap without reset": gap(sample(long, [2, 2], 4))}
