@@ -23,6 +23,7 @@ from math_verify import parse, verify
 from formulas import exceeds_one, same_multiple, same_value
 from wording import CLOCK, split_choice, split_unit, tidy, words
 
+LONGEST = 3000  # characters; what is longer is equal to itself alone
 
 def equivalent(one: str, other: str) -> bool:
     """Whether two answers are equal, whichever is the reference. May hang: see grader.py."""
@@ -42,7 +43,6 @@ def equivalent(one: str, other: str) -> bool:
 
 
 # --- lists, intervals, tuples, matrices --------------------------------------------------------
-LONGEST = 3000  # characters; what is longer is equal to itself alone
 BRACKETS = r"(\\\{|\\langle|[(\[{])|(\\\}|\\rangle|[)\]}])|\\\\"
 THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)"
 THREE_DIGITS = r"(?<=\b[1-9]\d\d),(?=[1-9]\d\d\b)"
@@ -78,8 +78,10 @@ def elements(text: str) -> list[str]:
     opening, inside, _ = in_brackets(text)
     separator = SEPARATOR_OF_CONDITIONS if INEQUALITY.search(text) else SEPARATOR
     parts = split_outside(f"{THOUSANDS}|({separator})", inside if opening == r"\{" else text)[::2]
-    signed = [part.replace(r"\pm", sign) for part in parts for sign in "+-"[: 1 + (r"\pm" in part)]]
-    return [part.strip() for part in signed if part.strip()]
+    found = []
+    for part in filter(None, parts):
+        found += [part.replace(r"\pm", sign) for sign in "+-"] if r"\pm" in part else [part]
+    return found
 
 
 def split_outside(separator: str, text: str) -> list[str]:

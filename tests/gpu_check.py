@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from gpu_vllm import vllm_at_scale, vllm_draws, vllm_of_two, vllm_seeds
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 import raft
 import run
