@@ -1,7 +1,8 @@
-"""What the answer is: the box of a response, and what a reference reduces to.
+"""What the answer is: the box of a response, what a reference reduces to, and whether they agree.
 
     extract_boxed("Adding up, we get \\boxed{18}.")       # "18"
     reference_answer("She has 3 * 6 eggs.\n#### 18")      # "18"
+    equivalent("18.0", "18")                             # True
 """
 
 import re
@@ -74,6 +75,13 @@ def reference_answer(value) -> str:
     if is_no_answer(text):
         return ""
     return re.sub(r"^([-+]?\d+)\.0+$", r"\1", text)
+
+
+def equivalent(boxed: str, answer: str) -> bool:
+    """equality.equivalent: the imports of that file take seconds, and most need none of them."""
+    import equality
+
+    return equality.equivalent(boxed, answer)
 
 
 def is_no_answer(text: str) -> bool:

@@ -5,6 +5,7 @@ micro-batch, nor which of DDP and FSDP2 holds the model.
 """
 
 import argparse
+import inspect
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,8 +38,10 @@ def distribute(policy: Policy, shard: bool = False) -> nn.Module:
     tensor, and a layer is gathered when it is used.
     """
     if not shard:  # buffers are constants: there is nothing to send in every forward pass
-        return DistributedDataParallel(
-            policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        # torch 2.13's name for it, or the one before.
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(policy, gradient_as_bucket_view=True, **{name: False})
     for module in list(policy.modules()):
         if type(module).__name__ in policy.model._no_split_modules:  # a decoder layer
             fully_shard(module)

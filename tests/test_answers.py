@@ -12,8 +12,8 @@ from answer_kinds import KINDS
 from conftest import SHARED
 from odd_answers import BOXED, DIFFERS, WHOLE
 
+from answers import equivalent
 from data import load_problems
-from equality import equivalent
 from grader import REWARDS, Grader
 
 
