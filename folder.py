@@ -153,10 +153,13 @@ def claim_folder(out: Path, left_by_a_run: tuple[str, ...], resume: bool):
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "a+")
         lock.seek(0)
+        holder = lock.read()
+        if holder and not holder.isdecimal():
+            raise InputError(f"{out}/lock: is not of this program; choose another --out")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"--out {out}: process {lock.read()} is running there; "
+            raise InputError(f"--out {out}: process {holder} is running there; "
                              "wait for it, end it, or choose another") from error
         lock.truncate(0)
         print(os.getpid(), end="", file=lock, flush=True)

@@ -236,6 +236,13 @@ def test_a_copy_of_a_checkpoint_under_another_number_is_neither_read_nor_deleted
     assert copy.is_dir() and newest_checkpoint(tmp_path / "run")[1].step == 3
 
 
+def test_a_lock_of_somebody_else_is_not_written_over(device, tmp_path):
+    (tmp_path / "lock").write_text("mine")
+    with pytest.raises(InputError, match="lock: is not of this program; choose another --out"):
+        raft.main([*QUICK, "--out", str(tmp_path)])
+    assert (tmp_path / "lock").read_text() == "mine"
+
+
 def test_a_log_of_somebody_else_is_not_emptied_by_resume(device, tmp_path):
     (tmp_path / "log.jsonl").write_text("mine")
     with pytest.raises(InputError, match="has a log.jsonl, but neither args.json nor a checkpoint; choose another --out"):
