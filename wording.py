@@ -18,31 +18,39 @@ SYMBOLS = {  # what models and data sets write in Unicode
     "或": " or ", "和": " and ",
 }
 END = r"(?![a-zA-Z])"  # of a command: \le, but not \left
-LOOKS = {  # what only changes how an answer looks
-    r"(?<!\\)\\[()\[\]]|(?<!\\)\$|^\s*\*\*|\*\*\s*$": " ",  # around formulas; bold in Markdown
-    r"^\s*(?i:(?:the )?(?:final )?answer(?: is|:)|option\b|choice\b):?": "",
+LOOKS = {  # what only changes how an answer looks, each with an example
+    r"(?<!\\)\\[()\[\]]|(?<!\\)\$": " ",  # $18$ and \(18\)
+    r"^\s*\*\*|\*\*\s*$": "",  # **18**
+    r"^\s*(?i:(?:the )?(?:final )?answer(?: is|:)|option\b|choice\b):?": "",  # The answer is 18
     rf"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|[lL]arge|LARGE|[hH]uge){END}\s*": "",
-    r"\\lbrace": r"\\{", r"\\rbrace": r"\\}",
-    r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\s*\{[^{}]*\}": "",
-    r",\\!\s*|(?<=\d)\{,\}(?=\d)": "",  # in a number, for thousands
+    r"\\lbrace": r"\\{",
+    r"\\rbrace": r"\\}",
+    r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\s*\{[^{}]*\}": "",  # \textcolor{blue}{18}
+    r",\\!\s*|(?<=\d)\{,\}(?=\d)": "",  # 10,\!080 and 10{,}080
     r"\\!\s*": "",
-    r"\b([apAP])\.?[mM]\b\.?": r"\1m",
-    r"(?<![a-zA-Z])\{\s*([,:])\s*\}": r"\1",
+    r"\b([apAP])\.?[mM]\b\.?": r"\1m",  # 7 p.m.
+    r"(?<![a-zA-Z])\{\s*([,:])\s*\}": r"\1",  # 3{:}2
     rf"(?<!\\)\\[,;: ]|~|\\q?quad{END}|\s+": " ",
-    r"\\[dtc]frac": r"\\frac", r"\\frac\s*(\d)": r"\\frac{\1}",
+    r"\\[dtc]frac": r"\\frac",
+    r"\\frac\s*(\d)": r"\\frac{\1}",  # \frac12, of which the next line reads the 2
     r"(\\frac\{[^{}]*\})\s*(\d)": r"\1{\2}",
-    r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)": r"\1\\frac{\2}{\3}",  # a mixed number
+    r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)": r"\1\\frac{\2}{\3}",  # 3 1/2
     r"([_^]|\\sqrt)(\d)(?= \d)": r"\1{\2}",  # 2^3 5
-    r"\\(mathbb|mathcal|vec|hat|dot|bar|pmod)\s+(\w)": r"\\\1{\2}",
+    r"\\(mathbb|mathcal|vec|hat|dot|bar|pmod)\s+(\w)": r"\\\1{\2}",  # \mathbb R
     r"[\[(]\s*(\\begin\{(?:array|matrix)\}.*?\\end\{(?:array|matrix)\})\s*[\])]": r"\1",
-    r"\^\s*(-\s*(?:\d+|[a-zA-Z]))": r"^{\1}",
-    r"(?<![\\a-zA-Z])(pi|sqrt)(?![a-zA-Z])": r"\\\1 ", r"\\sqrt\s*\(([^()]*)\)": r"\\sqrt{\1}",
+    r"\^\s*(-\s*(?:\d+|[a-zA-Z]))": r"^{\1}",  # 10^-3
+    r"(?<![\\a-zA-Z])(pi|sqrt)(?![a-zA-Z])": r"\\\1 ",  # 2pi
+    r"\\sqrt\s*\(([^()]*)\)": r"\\sqrt{\1}",  # sqrt(2)
     rf"\\(?:leqslant|leq|le){END}|<=": r"\\le ",
     rf"\\(?:geqslant|geq|ge){END}|>=": r"\\ge ",
     rf"\\neq?{END}|!=": r"\\ne ",
     r"\\\{\s*\\\}|\\varnothing": r"\\emptyset ",
     r"(?<![\\a-zA-Z])infinity": r"\\infty ",
-    "平方": " square ", "立方": " cubic ", "千米|公里": " km ", "千克|公斤": " kg ", "千瓦": " kw ",
+    "平方": " square ",
+    "立方": " cubic ",
+    "千米|公里": " km ",  # before 千, a thousand
+    "千克|公斤": " kg ",
+    "千瓦": " kw ",
 }
 FONT = rf"\\(?:text|math|boldsymbol|bm|mbox|emph|underline|boxed)(?:bf|it|rm|normal|sf|tt)?{END}\s*"
 SCALES = {"hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}",
