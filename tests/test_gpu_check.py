@@ -7,6 +7,7 @@ import sys
 import gpu_check
 import pytest
 from conftest import ROOT
+from transformers import AutoConfig
 
 # Python runs a file of this name when it starts.
 WITHOUT = """import importlib.metadata, sys
@@ -77,6 +78,6 @@ def test_a_row_is_not_ok_above_its_bound_nor_if_it_is_not_a_number():
 
 def test_operations_of_an_update_by_hand():
     """The toy: 0.36 M parameters, 3 layers, d = 96; rows of 10 and 20 tokens."""
-    config = gpu_check.AutoConfig.from_pretrained(gpu_check.TOY)
+    config = AutoConfig.from_pretrained(gpu_check.TOY)
     total = gpu_check.memory.parameter_counts(config)[0]
     assert gpu_check.training_flop(config, [10, 20]) == 6 * total * 30 + 6 * 3 * 96 * (100 + 400)
