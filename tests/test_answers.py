@@ -9,7 +9,7 @@ import re
 
 import pytest
 from answer_kinds import KINDS
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from odd_answers import BOXED, DIFFERS, WHOLE
 
 from answers import equivalent
@@ -48,6 +48,19 @@ def test_no_digit_of_a_reference_can_be_changed(name):
             changed = f"{answer[: digit.start()]}{(int(digit[0]) + 1) % 10}{answer[digit.end() :]}"
             accepted += [(changed, answer)] * equivalent(changed, answer)
     assert accepted == []
+
+
+@pytest.mark.slow
+def test_so_many_problems_contain_a_formula_that_equals_their_answer(grader):
+    """Copied from the question, it counts: README says of how many problems."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not here")
+    found = set()
+    for problem in load_problems(str(SHARED / "math500.jsonl")):
+        formulas = re.findall(r"\$([^$]+)\$", problem.question)
+        verdicts = grader([f"\\boxed{{{formula}}}" for formula in formulas], [problem.answer] * len(formulas))
+        found |= {problem.id for is_equal, _ in verdicts if is_equal}
+    assert f"  {len(found)} of the 500 MATH500 problems contain one" in (ROOT / "README.md").read_text()
 
 
 def test_math_verify_as_it_comes_is_another_reward():
