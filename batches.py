@@ -104,6 +104,24 @@ def per_token(samples: list[Sample], name: str, device: torch.device) -> torch.T
     return torch.from_numpy(np.concatenate(rows)).to(device, torch.float32)
 
 
+# --- requests for samples --------------------------------------------------------------------
+def cut_in_pieces(ids: list[int], ranks: int) -> list[list[int]]:
+    """Places in `ids`, the problems of requests, in pieces for ranks that take turns.
+
+    A rank reads the prompt of a piece once. But the samples of a hard problem are many and long,
+    too many for one rank: a piece has at most four. The large ones come first, so that ranks differ
+    by four samples at most, and pieces are smaller where that would be much.
+    """
+    most = min(max(len(ids) // (32 * ranks), 1), 4)
+    pieces: list[list[int]] = []
+    for place, problem in enumerate(ids):
+        if pieces and len(pieces[-1]) < most and ids[pieces[-1][0]] == problem:
+            pieces[-1].append(place)
+        else:
+            pieces.append([place])
+    return sorted(pieces, key=len, reverse=True)
+
+
 # --- scoring: forward passes without gradients, shared out over the ranks ------------------------
 @torch.no_grad()
 def fill_logprobs(policy: Policy, samples: list[Sample], max_tokens: int, into: str) -> None:

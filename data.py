@@ -5,8 +5,6 @@
 """
 
 import argparse
-import hashlib
-import json
 import re
 import reprlib
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ import numpy as np
 
 from answers import extract_boxed, reference_answer, solution_answer
 from files import read_rows
-from run import InputError, of_rank0, on_every_rank, print0
+from run import InputError, print0
 
 TOY = Path(__file__).resolve().parent / "tests" / "toy"  # the model and problems used by default
 
@@ -206,6 +204,15 @@ def load_prompts(spec: str, split: str, tokenizer, args, limit=None, *,
     return fitting
 
 
+def check_prompts(model, problems: list[Problem]) -> None:
+    """InputError for a question with a special token that the model does not know."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for problem in problems:
+        if max(problem.prompt_ids) >= vocabulary:
+            raise InputError(f"--model: knows no token {max(problem.prompt_ids)}, which is in the "
+                             f"question '{problem.question[:60]}'; leave it out")
+
+
 # --- which problems a step gets ----------------------------------------------------------------
 def prompts_looked_at(args) -> int:
     """How many prompts a step takes from the data; predictions leave some without samples."""
@@ -219,33 +226,3 @@ def problems_of_step(problems: list[Problem], step: int, args) -> list[Problem]:
     epoch, position = divmod(step - 1, len(problems) // m)
     order = np.random.default_rng((args.seed, ORDER, epoch)).permutation(len(problems))
     return [problems[i] for i in order[position * m : (position + 1) * m]]
-
-
-# --- the same problems as before, and on all ranks ---------------------------------------------
-def digest_problems(problems: list[Problem]) -> str:
-    """16 hex digits that change with any id, question, answer or prompt: with a changed file, and
-    with another template."""
-    found = hashlib.sha256()
-    for problem in problems:
-        row = (problem.id, problem.question, problem.answer, problem.prompt_ids)
-        found.update(json.dumps(row).encode())
-    return found.hexdigest()[:16]
-
-
-def compare_problems(known: dict[str, str], data: dict[str, list[Problem]]) -> dict[str, str]:
-    """Digests of problems, by name of the data. InputError unless they are those of all ranks, and
-    for names that a checkpoint knows, `known`, those of then."""
-    digests = {name: digest_problems(problems) for name, problems in data.items()}
-    on_rank_0 = of_rank0(digests)
-
-    def compare():
-        for name, digest in digests.items():
-            if digest != on_rank_0[name]:
-                raise InputError(f"{name}: holds other problems than on rank 0; copy it there")
-            if digest != known.get(name, digest):
-                raise InputError(f"--resume: {name} held other problems at the checkpoint (or was "
-                                 "used with another --split, --max-prompt-tokens, chat template); "
-                                 "restore it")
-
-    on_every_rank(compare)
-    return digests

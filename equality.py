@@ -21,7 +21,7 @@ from contextlib import suppress
 from math_verify import parse, verify
 
 from formulas import exceeds_one, same_multiple, same_value
-from wording import CLOCK, split_choice, split_unit, tidy, words
+from wording import BRACKETS, CLOCK, in_brackets, split_choice, split_unit, tidy, words
 
 LONGEST = 3000  # characters; what is longer is equal to itself alone
 
@@ -43,7 +43,6 @@ def equivalent(one: str, other: str) -> bool:
 
 
 # --- lists, intervals, tuples, matrices --------------------------------------------------------
-BRACKETS = r"(\\\{|\\langle|[(\[{])|(\\\}|\\rangle|[)\]}])|\\\\"
 THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)"
 THREE_DIGITS = r"(?<=\b[1-9]\d\d),(?=[1-9]\d\d\b)"
 SEPARATOR = r"[,;]|\\cup(?=\s*(?:[(\[]|\\\{))|\\(?:lor|vee)(?![a-zA-Z])|\b(?:or|and)\b"
@@ -100,18 +99,6 @@ def chain(text: str) -> list[str]:
     return split_outside(f"({RELATION})", text)
 
 
-def in_brackets(text: str) -> tuple[str, str, str]:
-    """(opening, inside, closing) of brackets around the whole text; without any ("", text, "")."""
-    depth, first = 0, re.match(BRACKETS, text)
-    for token in re.finditer(BRACKETS, text) if first and first[1] else ():
-        depth += bool(token[1]) - bool(token[2])
-        if depth == 0:
-            if token.end() < len(text):
-                break
-            return first[1], text[first.end() : token.start()].strip(), token[2]
-    return "", text, ""
-
-
 def ordered_parts(text: str) -> tuple[tuple, list[str]] | None:
     """Of an interval, a tuple, a matrix: (what it is, its parts in order). None for the rest.
 
@@ -125,14 +112,15 @@ def ordered_parts(text: str) -> tuple[tuple, list[str]] | None:
     if opening in ("(", "[", r"\langle") and len(parts) > 1:
         kind = opening.replace(r"\langle", "("), closing.replace(r"\rangle", ")")
         return (*kind, len(parts)), parts
-    return as_interval(chain(text))
+    return as_interval(text)
 
 
-def as_interval(chain: list[str]) -> tuple[tuple, list[str]] | None:
-    r"""`-2 \le x < 1` is [-2, 1), and `x > 3` is (3, \infty). chain: as of `chain`."""
-    if all(relation in (">", r"\ge") for relation in chain[1::2]):
-        chain = [MIRRORED.get(part, part) for part in reversed(chain)]
-    sides, relations = chain[::2], chain[1::2]
+def as_interval(text: str) -> tuple[tuple, list[str]] | None:
+    r"""`-2 \le x < 1` is [-2, 1), and `x > 3` is (3, \infty)."""
+    parts = chain(text)
+    if all(relation in (">", r"\ge") for relation in parts[1::2]):
+        parts = [MIRRORED.get(part, part) for part in reversed(parts)]
+    sides, relations = parts[::2], parts[1::2]
     if not relations or any(relation not in ("<", r"\le") for relation in relations):
         return None
     if len(sides) == 2 and is_name(sides[0]):

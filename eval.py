@@ -25,13 +25,13 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from answers import extract_boxed
-from data import BENCHMARKS, EVALUATION, SYSTEM_PROMPT, TOY, Problem, Sample, compare_problems
+from data import BENCHMARKS, EVALUATION, SYSTEM_PROMPT, TOY, Problem, Sample, check_prompts
 from data import encode_prompt, load_prompts, sample_rows
 from files import append_rows, read_json, read_rows, write_json
-from folder import claim_folder
+from folder import claim_folder, compare_problems
 from grader import REWARDS, Grader, add_reward_flags
 from metrics import as_table, summarise
-from model import add_model_flags, check_prompts, load_model
+from model import add_model_flags, load_model
 from run import InputError, join_ranks, number, on_every_rank, on_rank0, parse_flags
 from run import positive_int, print0, run_script, share_out
 from sampler import add_sampler_flags, draw, make_sampler
@@ -171,8 +171,9 @@ def complete_benchmark(path: Path, problems: list[Problem], sampler, grader, arg
         asked, indices = zip(*missing[start : start + at_once])
         samples = draw(sampler, grader, asked, [1] * len(asked), first_index=indices,
                        seed_key=(args.seed, EVALUATION, 0), temperature=args.temperature)
-        on_rank0(append_rows, path, sample_rows(samples, asked))
-        rows += sample_rows(samples, asked)
+        new = sample_rows(samples, asked)
+        on_rank0(append_rows, path, new)
+        rows += new
         bar.update(len(samples))
     bar.close()
     return sorted(rows, key=lambda row: (row["problem"], row["index"]))

@@ -8,7 +8,9 @@
 
 import argparse
 import fcntl
+import hashlib
 import importlib.metadata
+import json
 import math
 import os
 import time
@@ -16,9 +18,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import Problem, Sample, compare_problems, sample_rows
+from data import Problem, Sample, sample_rows
 from files import append_rows, read_json, write_json
-from run import InputError, RunError, number, on_rank0, positive_int, print0
+from run import InputError, RunError, number, of_rank0, on_every_rank, on_rank0, positive_int
+from run import print0
 
 FORMAT = 3  # of a run's folder. A change of RunState, or of what a flag means, needs another one
 LEFT_BY_A_RUN = ("args.json", "log.jsonl", "samples.jsonl", "checkpoints")
@@ -131,6 +134,35 @@ def refuse_other_model(gap: float) -> None:
     """RunError for the sampler_gap of a run's first update that says that the models differ."""
     if gap > LARGE_GAP:
         raise RunError(f"{gap_is_large(gap)}; then --resume")
+
+
+def digest_problems(problems: list[Problem]) -> str:
+    """16 hex digits that change with any id, question, answer or prompt: with a changed file, and
+    with another template."""
+    found = hashlib.sha256()
+    for problem in problems:
+        row = (problem.id, problem.question, problem.answer, problem.prompt_ids)
+        found.update(json.dumps(row).encode())
+    return found.hexdigest()[:16]
+
+
+def compare_problems(known: dict[str, str], data: dict[str, list[Problem]]) -> dict[str, str]:
+    """Digests of problems, by name of the data. InputError unless they are those of all ranks, and
+    for names that a checkpoint knows, `known`, those of then."""
+    digests = {name: digest_problems(problems) for name, problems in data.items()}
+    on_rank_0 = of_rank0(digests)
+
+    def compare():
+        for name, digest in digests.items():
+            if digest != on_rank_0[name]:
+                raise InputError(f"{name}: holds other problems than on rank 0; copy it there")
+            if digest != known.get(name, digest):
+                raise InputError(f"--resume: {name} held other problems at the checkpoint (or was "
+                                 "used with another --split, --max-prompt-tokens, chat template); "
+                                 "restore it")
+
+    on_every_rank(compare)
+    return digests
 
 
 def note_problems(state: RunState, data: dict[str, list[Problem]]) -> None:

@@ -133,7 +133,6 @@ class SampleSource:
     sampler: HfSampler | VllmSampler
     grader: Grader
     args: argparse.Namespace
-    smallest_group: int  # fewer samples of a prompt teach nothing: losses.OBJECTIVES
     stop: StopSignal | None = None
     timer: Callable = nullcontext  # RunState.timer
 
@@ -229,8 +228,9 @@ def predicted_step(problems: list[Problem], step: int, state, source: SampleSour
     states = prompt_states(source.policy, candidates, args.tokens_per_micro_batch)
     predictor, features = on_every_rank(start_predictor, state.predictor, states)
     p, weights = predictor.weights(features, partial(RULES[args.allocator].weights, args=args))
+    smallest = OBJECTIVES[args.objective].smallest_group
     budget = args.prompts_per_step * args.samples_per_prompt
-    counts = of_rank0(allocate_or_leave(weights, budget, smallest=source.smallest_group))
+    counts = of_rank0(allocate_or_leave(weights, budget, smallest))
     samples = source.sample_and_grade(candidates, counts, step, with_norms=True)
 
     table = estimate(samples, candidates, args.weighting)

@@ -102,15 +102,6 @@ def _check_tokenizer(source, tokenizer, end_ids: set[int], vocabulary: int) -> N
                          f"knows {vocabulary} tokens; they do not belong together")
 
 
-def check_prompts(model, problems: list[Problem]) -> None:
-    """InputError for a question with a special token that the model does not know."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    for problem in problems:
-        if max(problem.prompt_ids) >= vocabulary:
-            raise InputError(f"--model: knows no token {max(problem.prompt_ids)}, which is in the "
-                             f"question '{problem.question[:60]}'; leave it out")
-
-
 def _choose_template(source, tokenizer) -> None:
     """Of several chat templates the default one: prompts need no other, nor do checkpoints."""
     templates = tokenizer.chat_template

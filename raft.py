@@ -24,7 +24,8 @@ import run
 from batches import add_memory_flags, collate, distribute, fill_logprobs, gather_tensor
 from batches import micro_batches_here, per_token
 from checkpoint import load_optimizer, newest_checkpoint, save_checkpoint
-from data import BENCHMARKS, Problem, Sample, add_data_flags, load_prompts, prompts_looked_at
+from data import BENCHMARKS, Problem, Sample, add_data_flags, check_prompts, load_prompts
+from data import prompts_looked_at
 from eval import add_evaluation_flags, evaluate
 from folder import LEFT_BY_A_RUN, RunState, add_folder_flags, claim_folder, note_problems
 from folder import refuse_other_model, run_folder, say_finished, say_saved, start_log, watch_run
@@ -32,7 +33,7 @@ from folder import write_log, write_samples
 from grader import REWARDS, Grader, add_reward_flags
 from gvm import SampleSource, add_budget_flags, e_step, settle_budget
 from losses import LOSSES, OBJECTIVES, add_loss_flags, kl_k3, loss_weights
-from model import Policy, add_model_flags, check_prompts, load_model, load_reference
+from model import Policy, add_model_flags, load_model, load_reference
 from sampler import add_sampler_flags, make_sampler
 
 
@@ -66,8 +67,7 @@ def train(args: argparse.Namespace) -> None:
 
     with lock, Grader(REWARDS[args.reward]) as grader:
         sampler = make_sampler(policy.model, tokenizer, args)
-        smallest_group = OBJECTIVES[args.objective].smallest_group
-        source = SampleSource(policy, sampler, grader, args, smallest_group, stop, state.timer)
+        source = SampleSource(policy, sampler, grader, args, stop, state.timer)
         accuracy = partial(evaluate, sampler, grader, eval_problems, args, state.timer)
         save = partial(save_checkpoint, out, state, policy.model, optimizer, tokenizer, args.keep)
         run.on_rank0(start_log, out, args, state)

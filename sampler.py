@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from batches import gather_tensor
+from batches import cut_in_pieces, gather_tensor
 from data import Problem, Sample
 from run import InputError, RunError, number, positive_int, share_out
 
@@ -64,23 +64,6 @@ def draw(sampler, grader, problems: list[Problem], counts, *, seed_key: tuple[in
     # Back in the order of the requests.
     drawn = dict(zip(chain(*pieces), chain(*share_out(pieces, respond)), strict=True))
     return [drawn[place] for place in range(len(requests))]
-
-
-def cut_in_pieces(ids: list[int], ranks: int) -> list[list[int]]:
-    """Places in `ids`, the problems of requests, in pieces for ranks that take turns.
-
-    A rank reads the prompt of a piece once. But the samples of a hard problem are many and long,
-    too many for one rank: a piece has at most four. The large ones come first, so that ranks differ
-    by four samples at most, and pieces are smaller where that would be much.
-    """
-    most = min(max(len(ids) // (32 * ranks), 1), 4)
-    pieces: list[list[int]] = []
-    for place, problem in enumerate(ids):
-        if pieces and len(pieces[-1]) < most and ids[pieces[-1][0]] == problem:
-            pieces[-1].append(place)
-        else:
-            pieces.append([place])
-    return sorted(pieces, key=len, reverse=True)
 
 
 def _seed(*key: int) -> int:

@@ -17,6 +17,7 @@ SYMBOLS = {  # what models and data sets write in Unicode
     "。": ".", "∣": "|",
     "或": " or ", "和": " and ",
 }
+BRACKETS = r"(\\\{|\\langle|[(\[{])|(\\\}|\\rangle|[)\]}])|\\\\"
 END = r"(?![a-zA-Z])"  # of a command: \le, but not \left
 LOOKS = {  # what only changes how an answer looks, each with an example
     r"(?<!\\)\\[()\[\]]|(?<!\\)\$": " ",  # $18$ and \(18\)
@@ -71,8 +72,8 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?:[\s,;:\\]|(?<!\.)\.(?!\.))+$", "", text)
     text = re.sub(r"\s*:\s*", ":", text)
     text = re.sub(r"\s+", " ", text).strip()
-    while text.startswith("{") and _closing_brace(text) == len(text) - 1:
-        text = text[1:-1].strip()
+    while in_brackets(text)[0] == "{":
+        text = in_brackets(text)[1]
     return text
 
 
@@ -112,14 +113,16 @@ def _repeating_decimal(match: re.Match) -> str:
     return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
 
 
-def _closing_brace(text: str) -> int:
-    """Where the brace closes that opens the text; -1 if it does not."""
-    depth = 0
-    for token in re.finditer(r"\\.|[{}]", text):
-        depth += {"{": 1, "}": -1}.get(token.group(), 0)
+def in_brackets(text: str) -> tuple[str, str, str]:
+    """(opening, inside, closing) of brackets around the whole text; without any ("", text, "")."""
+    depth, first = 0, re.match(BRACKETS, text)
+    for token in re.finditer(BRACKETS, text) if first and first[1] else ():
+        depth += bool(token[1]) - bool(token[2])
         if depth == 0:
-            return token.start()
-    return -1
+            if token.end() < len(text):
+                break
+            return first[1], text[first.end() : token.start()].strip(), token[2]
+    return "", text, ""
 
 
 def split_choice(text: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 import gvm
 from allocator import allocate
 from data import problems_of_step
+from losses import OBJECTIVES
 from metrics import describe_step
 from predictor import LOG_P, LOG_Q, allocate_or_leave
 
@@ -35,7 +36,7 @@ def oracle(problems, step, state, source, args) -> tuple:
     known = source.sample_and_grade(batch, many, step, first_index=1000, with_norms=True)
     weights = shrunk_weights(gvm.estimate(known, batch, args.weighting), args)
     counts = allocate_or_leave(weights, args.prompts_per_step * args.samples_per_prompt,
-                               smallest=source.smallest_group)
+                               smallest=OBJECTIVES[args.objective].smallest_group)
     samples = source.sample_and_grade(batch, counts, step)
     served = [batch[i] for i in np.flatnonzero(counts)]
     return served, samples, describe_step(served, samples, drawn=samples)

@@ -57,7 +57,7 @@ def main(argv=None) -> None:
         distribute(policy, args.fsdp)
     sampler, rule, number = make_sampler(model, tokenizer, args), RULES[args.allocator], len(problems)
     with Grader() as grader:
-        source = SampleSource(policy, sampler, grader, args, smallest_group=1)
+        source = SampleSource(policy, sampler, grader, args)
         pilot = source.sample_and_grade(problems, [args.pilot_samples] * number, step=1, with_norms=True)
     # As gvm.e_step, of all problems at once.
     table = estimate(pilot, problems, args.weighting)

@@ -162,7 +162,7 @@ def foretell(policy: Policy, sampler, grader, problems, others) -> dict[str, np.
         words = ["--allocator", rule, "--objective", objective, "--prompts-per-step", 16, "--samples-per-prompt", 4,
                  "--candidates-per-step", 16]
         args, state = flags(*DAMPED, *words), RunState()
-        source = SampleSource(policy, sampler, grader, args, OBJECTIVES[objective].smallest_group)
+        source = SampleSource(policy, sampler, grader, args)
         for step in range(1, 41):
             predicted_step(problems_of_step(others, step, args), step, state, source, args)
         predictor = Predictor(state.predictor)
@@ -186,7 +186,7 @@ def estimates(pool: Pool, chosen: np.ndarray, estimator: str, rule: str) -> tupl
             return [pool.samples[place] for place in np.concatenate(places)]
 
     smallest = OBJECTIVES[args.objective].smallest_group
-    source, args.prompts_per_step = FromPool(None, None, None, args, smallest), len(problems)
+    source, args.prompts_per_step = FromPool(None, None, None, args), len(problems)
     row_of = {problem.id: row for row, problem in enumerate(problems)}
 
     fixed = known_counts(pool, chosen, args) if rule == "oracle" else np.full(len(chosen), args.samples_per_prompt)

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 import grpo
 from batches import distribute, fill_logprobs, fill_norms, gather_tensor, prompt_states
 from checkpoint import load_optimizer, newest_checkpoint, save_checkpoint
-from data import Problem, compare_problems, load_prompts
+from data import Problem, load_prompts
+from folder import compare_problems
 from grader import Grader
 from losses import kl_k3
 from model import Policy, linears_to_bf16, load_model, load_reference

@@ -32,7 +32,7 @@ import raft  # noqa: E402
 import run  # noqa: E402
 from gvm import RULES, settle_budget  # noqa: E402
 from model import HEAD_BYTES  # noqa: E402
-from sampler import cut_in_pieces  # noqa: E402
+from batches import cut_in_pieces  # noqa: E402
 
 GIGA, TERA = 1e9, 1e12
 Cost = namedtuple("Cost", "operations moved sent tokens", defaults=(0.0, 0.0))  # moved and sent: bytes; tokens: sampled

@@ -17,7 +17,8 @@ from conftest import ROOT, SHARED, flags, wait_for
 from transformers import AutoTokenizer
 
 from answers import extract_boxed, reference_answer, solution_answer
-from data import INSTRUCTION, SYSTEM_PROMPT, Problem, digest_problems, encode_prompt, load_problems, load_prompts
+from data import INSTRUCTION, SYSTEM_PROMPT, Problem, encode_prompt, load_problems, load_prompts
+from folder import digest_problems
 from grader import Grader
 from run import InputError, RunError
 

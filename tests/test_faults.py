@@ -25,8 +25,8 @@ import raft
 import run
 import sampler
 from checkpoint import newest_checkpoint, remove_old_checkpoints, save_checkpoint
-from folder import RunState, note_problems, watch_run, write_log
-from data import Problem, digest_problems
+from folder import RunState, digest_problems, note_problems, watch_run, write_log
+from data import Problem
 from model import load_model
 from run import InputError, RunError
 from sampler import HfSampler

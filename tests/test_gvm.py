@@ -32,7 +32,7 @@ def tools(device, model_and_tokenizer, grader):
 
 def source_of(tools, args, stop=None) -> SampleSource:
     """What e_step draws from."""
-    return SampleSource(*tools, args, OBJECTIVES[args.objective].smallest_group, stop)
+    return SampleSource(*tools, args, stop)
 
 
 def test_estimate_by_hand():

@@ -114,7 +114,7 @@ def test_rounds_each_take_an_equal_part_and_learn_from_the_last(problems):
             return [make_sample(problems[i].id, float(luck[i, j] < i / 8), [1] * (i + 1), head_grad_norm=1.0 + i)
                     for i in range(9) for j in range(starts[i], starts[i] + counts[i])]
 
-    samples = draw_in_rounds(problems[:9], 1, Table(None, None, None, args, smallest_group=1), args)
+    samples = draw_in_rounds(problems[:9], 1, Table(None, None, None, args), args)
     assert [counts.sum() for counts in requests] == [18, 21, 21, 21] and len(samples) == 81
     assert with_norms == [True, True, True, False]  # nothing is planned after the last
     before = sum(requests[:-1])

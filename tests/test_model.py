@@ -13,9 +13,9 @@ import model as model_module
 from batches import collate, fill_logprobs, fill_norms, micro_batches
 from checkpoint import newest_checkpoint, save_checkpoint
 from folder import RunState
-from data import Problem, encode_prompt
+from data import Problem, check_prompts, encode_prompt
 from losses import kl_k3
-from model import Policy, check_prompts, load_model
+from model import Policy, load_model
 from run import InputError
 from sampler import HfSampler, draw
 

@@ -15,7 +15,8 @@ from data import Problem, encode_prompt, load_prompts, problems_of_step
 from metrics import describe_step
 from model import load_model
 from run import InputError, RunError
-from sampler import SAMPLERS, HfSampler, VllmSampler, cut_in_pieces, draw, gumbel_max, make_sampler
+from batches import cut_in_pieces
+from sampler import SAMPLERS, HfSampler, VllmSampler, draw, gumbel_max, make_sampler
 
 
 def generators(number: int) -> list[torch.Generator]:
