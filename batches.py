@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
 from data import Problem, Sample
-from model import Policy
+from model import Policy, decoder_layers
 from run import gather, positive_int, share_out
 
 
@@ -42,9 +42,8 @@ def distribute(policy: Policy, shard: bool = False) -> nn.Module:
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(policy, gradient_as_bucket_view=True, **{name: False})
-    for module in list(policy.modules()):
-        if type(module).__name__ in policy.model._no_split_modules:  # a decoder layer
-            fully_shard(module)
+    for layer in decoder_layers(policy.model):
+        fully_shard(layer)
     fully_shard(policy)  # what is in no layer: embedding and head
     for method in ("logprobs_and_norms", "prompt_states"):  # forward passes, too
         register_fsdp_forward_method(policy, method)

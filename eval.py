@@ -31,7 +31,7 @@ from files import append_rows, read_json, read_rows, write_json
 from folder import claim_folder, compare_problems
 from grader import REWARDS, Grader, add_reward_flags
 from metrics import as_table, summarise
-from model import add_model_flags, load_model
+from pretrained import add_model_flags, load_model
 from run import InputError, join_ranks, number, on_every_rank, on_rank0, parse_flags
 from run import positive_int, print0, run_script, share_out
 from sampler import add_sampler_flags, draw, make_sampler

@@ -225,9 +225,11 @@ def predicted_step(problems: list[Problem], step: int, state, source: SampleSour
     """As e_step. p and G of --candidates-per-step prompts are predicted from the model's hidden
     states, and the best are served; state.predictor learns from their samples."""
     candidates = problems_of_step(problems, step, args)
-    states = prompt_states(source.policy, candidates, args.tokens_per_micro_batch)
-    predictor, features = on_every_rank(start_predictor, state.predictor, states)
-    p, weights = predictor.weights(features, partial(RULES[args.allocator].weights, args=args))
+    with source.timer("predict"):
+        states = prompt_states(source.policy, candidates, args.tokens_per_micro_batch)
+        predictor, features = on_every_rank(start_predictor, state.predictor, states)
+        rule = partial(RULES[args.allocator].weights, args=args)
+        p, weights = predictor.weights(features, rule)
     smallest = OBJECTIVES[args.objective].smallest_group
     budget = args.prompts_per_step * args.samples_per_prompt
     counts = of_rank0(allocate_or_leave(weights, budget, smallest))

@@ -20,7 +20,7 @@ import numpy as np
 
 FORGET = 0.98  # of what was learnt, how much is left after a step: the policy moves
 NUM_STATES = 256  # of each prompt, at most: regressions on them cost next to nothing
-RIDGE = 30.0  # prior precision of a regression's coefficients
+SPREAD = 1.6  # between prompts, of ln p/q and of ln G: a standard deviation, before any sample
 LOGARITHMS = ("norm_right", "norm_wrong")  # of these columns of a table it learns the logarithms
 
 # What is believed about a single p is a distribution over a grid of log-odds ln p/q.
@@ -34,6 +34,16 @@ def logistic(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(x / 2))
 
 
+def first_precision(size: int) -> np.ndarray:
+    """Of a regression's coefficients before any sample, (size, size); the last is the intercept.
+
+    Features are standardised: a precision of (size - 1) / SPREAD^2 for each of the others makes the
+    predictions of prompts differ by SPREAD. The data set the intercept: it has the weight of a
+    single sample with p = 1/2, whose curvature is p q = 1/4.
+    """
+    return np.diag([(size - 1) / SPREAD**2] * (size - 1) + [0.25])
+
+
 def regress(belief: tuple, features, targets, num_drawn, is_share: bool) -> tuple:
     """One step of an online regression; returns the new belief about its coefficients.
 
@@ -42,7 +52,7 @@ def regress(belief: tuple, features, targets, num_drawn, is_share: bool) -> tupl
     features: (prompts, features). targets: (prompts,), each with a weight of num_drawn.
     """
     prior_mean, prior = belief
-    prior = FORGET * prior + (1 - FORGET) * RIDGE * np.eye(len(prior_mean))
+    prior = FORGET * prior + (1 - FORGET) * first_precision(len(prior_mean))
 
     def loss(c: np.ndarray) -> float:  # of shares: -ln of the posterior of c, but for a constant
         x, change = features @ c, c - prior_mean
@@ -80,7 +90,7 @@ def first_belief(states: np.ndarray) -> dict[str, np.ndarray]:
     known = {"centre": states.mean(axis=0), "scale": states.std(axis=0) + 1e-6}
     known["log_evidence"] = np.zeros(len(STRENGTHS))  # of each kappa
     for name in ("p", *LOGARITHMS):  # of p, ln p/q is linear in the features, q = 1 - p
-        known |= {f"{name}_mean": np.zeros(size), f"{name}_precision": RIDGE * np.eye(size)}
+        known |= {f"{name}_mean": np.zeros(size), f"{name}_precision": first_precision(size)}
     return known
 
 
@@ -121,16 +131,15 @@ class Predictor:
         return np.exp((features @ self.learnt[f"{name}_mean"]).clip(-300, 300))
 
     def weights(self, features: np.ndarray, rule) -> tuple[np.ndarray, np.ndarray]:
-        """(mu, sqrt(E[w^2])), (prompts,) each: the mean of p, and a rule's weights.
+        """(mu, sqrt(E[w^2])), (prompts,) each: the predicted p, and a rule's weights.
 
-        p is Beta(kappa mu, kappa (1 - mu)), averaged over kappa by how well each has explained the
-        samples so far; the expectation of w^2 is over this p. rule: (p, G+, G-), (prompts,) each,
-        to weights. It is called with one p after another, each the same for all prompts.
+        How far mu can be trusted is learnt, too: p is Beta(kappa mu, kappa (1 - mu)), averaged over
+        kappa by how well each has explained the samples so far. The expectation of w^2 is over this
+        p. rule: (p, G+, G-), (prompts,) each, to weights. It is called with one p after another,
+        each the same for all prompts.
         """
         known = self.learnt
-        x = features @ known["p_mean"]  # ln p/q, and its variance
-        variance = (features * np.linalg.solve(known["p_precision"], features.T).T).sum(axis=1)
-        mu = logistic(x / np.sqrt(1 + np.pi / 8 * variance))  # E[p], MacKay's approximation
+        mu = logistic(features @ known["p_mean"])
         evidence = np.exp(known["log_evidence"] - known["log_evidence"].max())
         prior = np.tensordot(evidence / evidence.sum(), betas(mu), 1)  # (prompts, grid)
         norms = [self.predict(features, name) for name in ("norm_right", "norm_wrong")]
@@ -147,10 +156,16 @@ class Predictor:
         evidence = np.log((betas(mu) * likelihood).sum(axis=2)).sum(axis=1)  # (strengths,)
         known["log_evidence"] = FORGET * known["log_evidence"] + evidence
 
+        # Norms have a unit, which the first of them set, of whichever kind.
+        norms = np.concatenate([table[name][table[name] > 0] for name in LOGARITHMS])  # 0: unseen
+        if norms.size and not any(known[f"{name}_mean"].any() for name in LOGARITHMS):
+            for name in LOGARITHMS:
+                known[f"{name}_mean"][-1] = np.log(norms).mean()
+
         # Targets of the regressions, and their weights.
         targets_of = {"p": (right / np.maximum(drawn, 1), drawn)}
         for name in LOGARITHMS:
-            is_seen = table[name] > 0  # 0: no sample of this kind
+            is_seen = table[name] > 0
             targets_of[name] = np.log(np.where(is_seen, table[name], 1.0)), is_seen
         for name, (targets, num_drawn) in targets_of.items():
             belief = known[f"{name}_mean"], known[f"{name}_precision"]

@@ -33,7 +33,8 @@ from folder import write_log, write_samples
 from grader import REWARDS, Grader, add_reward_flags
 from gvm import SampleSource, add_budget_flags, e_step, settle_budget
 from losses import LOSSES, OBJECTIVES, add_loss_flags, kl_k3, loss_weights
-from model import Policy, add_model_flags, load_model, load_reference
+from model import Policy, load_reference
+from pretrained import add_model_flags, load_model
 from sampler import add_sampler_flags, make_sampler
 
 

@@ -21,7 +21,8 @@ from grader import Grader  # noqa: E402
 from gvm import RULES, SampleSource, add_budget_flags, estimate, settle_budget  # noqa: E402
 from losses import WEIGHTINGS  # noqa: E402
 from metrics import describe_pilot  # noqa: E402
-from model import Policy, add_model_flags, load_model  # noqa: E402
+from model import Policy  # noqa: E402
+from pretrained import add_model_flags, load_model  # noqa: E402
 from run import InputError  # noqa: E402
 from sampler import add_sampler_flags, make_sampler  # noqa: E402
 

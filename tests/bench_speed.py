@@ -24,7 +24,8 @@ from conftest import flags  # noqa: E402
 from allocator import allocate, gvm_weights  # noqa: E402
 from batches import collate, distribute, micro_batches  # noqa: E402
 from data import Sample, encode_prompt, load_problems  # noqa: E402
-from model import Policy, load_model  # noqa: E402
+from model import Policy  # noqa: E402
+from pretrained import load_model  # noqa: E402
 from predictor import Predictor  # noqa: E402
 from raft import optimizer_step  # noqa: E402
 from run import join_ranks  # noqa: E402

@@ -33,7 +33,8 @@ import run  # noqa: E402
 import sampler  # noqa: E402
 from data import INSTRUCTION, PLAIN_TEMPLATE, SYSTEM_PROMPT, TOY, load_prompts, problems_of_step  # noqa: E402
 from grader import Grader  # noqa: E402
-from model import Policy, load_model  # noqa: E402
+from model import Policy  # noqa: E402
+from pretrained import load_model  # noqa: E402
 
 SAMPLES = 8  # of each prompt
 UPDATES = 2  # of each step

@@ -45,7 +45,8 @@ from data import Sample, load_prompts, problems_of_step  # noqa: E402
 from grader import Grader  # noqa: E402
 from gvm import SampleSource, e_step, estimate, predicted_step  # noqa: E402
 from losses import OBJECTIVES, loss_weights  # noqa: E402
-from model import Policy, load_model  # noqa: E402
+from model import Policy  # noqa: E402
+from pretrained import load_model  # noqa: E402
 from predictor import Predictor, allocate_or_leave  # noqa: E402
 from run import join_ranks  # noqa: E402
 from sampler import HfSampler, draw  # noqa: E402

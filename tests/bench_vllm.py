@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import flags  # noqa: E402 (the project's modules lie one folder up)
 
 from data import load_prompts  # noqa: E402
-from model import load_model  # noqa: E402
+from pretrained import load_model  # noqa: E402
 from run import join_ranks, run_script  # noqa: E402
 from sampler import HfSampler, VllmSampler  # noqa: E402
 

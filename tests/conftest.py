@@ -25,7 +25,7 @@ import run
 from data import TOY, Sample, load_prompts
 from grader import Grader
 from gvm import settle_budget
-from model import load_model
+from pretrained import load_model
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # published files, where they are at hand

@@ -42,7 +42,8 @@ from batches import collate, distribute, fill_logprobs, gather_tensor
 from checkpoint import RunState, load_optimizer, newest_checkpoint, save_checkpoint
 from data import TOY, Sample
 from losses import kl_k3
-from model import Policy, linears_to_bf16, load_model
+from model import Policy, linears_to_bf16
+from pretrained import load_model
 
 LINE = "{:66} | {:18} | {:14} | {}"
 

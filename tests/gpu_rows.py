@@ -26,7 +26,8 @@ from answers import extract_boxed  # noqa: E402
 from batches import fill_logprobs  # noqa: E402
 from data import EVALUATION, TOY, Sample, load_prompts  # noqa: E402
 from grader import Grader  # noqa: E402
-from model import Policy, load_model  # noqa: E402
+from model import Policy  # noqa: E402
+from pretrained import load_model  # noqa: E402
 from sampler import HfSampler, draw  # noqa: E402
 
 Row = namedtuple("Row", "check measured expected ok", defaults=("-", True))  # texts, and whether it is as expected

@@ -17,7 +17,8 @@ from gpu_rows import PlainGrader, Row, at_most, flags, not_run, random_policy, s
 import run
 from batches import distribute, fill_logprobs
 from data import EVALUATION, Sample, load_prompts
-from model import Policy, load_model
+from model import Policy
+from pretrained import load_model
 from sampler import VllmSampler, draw
 
 

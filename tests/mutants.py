@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 ORDER = ["allocator", "predictor", "wording", "formulas", "equality", "answers", "run", "files", "data", "grader", "metrics",
-         "losses", "model", "batches", "sampler", "folder", "checkpoint", "eval", "gvm", "raft", "grpo"]  # imports run one way
+         "losses", "pretrained", "model", "batches", "sampler", "folder", "checkpoint", "eval", "gvm", "raft", "grpo"]  # imports run one way
 SWAPPED = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
            ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}
 

@@ -20,7 +20,8 @@ from data import Problem, load_prompts
 from folder import compare_problems
 from grader import Grader
 from losses import kl_k3
-from model import Policy, linears_to_bf16, load_model, load_reference
+from model import Policy, linears_to_bf16, load_reference
+from pretrained import load_model
 from raft import split_updates, train_step
 from run import InputError, gather, join_ranks, on_every_rank, run_script
 from sampler import HfSampler, draw

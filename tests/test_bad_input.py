@@ -172,7 +172,7 @@ def checkpoint(folder: Path) -> None:
     from checkpoint import save_checkpoint
     from folder import RunState
     from conftest import flags
-    from model import load_model
+    from pretrained import load_model
 
     args = flags("--data", "few.jsonl")
     policy, tokenizer = load_model(args, torch.device("cpu"))

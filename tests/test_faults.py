@@ -27,7 +27,7 @@ import sampler
 from checkpoint import newest_checkpoint, remove_old_checkpoints, save_checkpoint
 from folder import RunState, digest_problems, note_problems, watch_run, write_log
 from data import Problem
-from model import load_model
+from pretrained import load_model
 from run import InputError, RunError
 from sampler import HfSampler
 

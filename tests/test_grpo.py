@@ -13,7 +13,8 @@ import grpo
 from batches import distribute
 from data import Problem
 from losses import loss_weights
-from model import Policy, load_model
+from model import Policy
+from pretrained import load_model
 from grpo import group_advantages, grpo_objective
 from raft import split_updates
 

@@ -1,5 +1,6 @@
 """gvm.py: p and G from samples, and budgets that are spent to the last sample."""
 
+import copy
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ from data import Problem, problems_of_step
 from gvm import SampleSource, e_step, estimate, plan_flags, rows_of_step, settle_budget
 from losses import OBJECTIVES, Objective, raft_objective
 from metrics import describe_pilot, describe_prediction
-from model import Policy
+from model import Policy, decoder_layers
 from predictor import Predictor
 from raft import split_updates
 from run import InputError, Stopped
@@ -153,9 +154,37 @@ def test_a_prompt_s_states_are_what_the_model_says_of_it_alone(tools, problems):
     states = prompt_states(policy, chosen, max_tokens=60)  # several batches
     for problem, found in zip(chosen, states):
         ids = torch.tensor([problem.prompt_ids])
-        hidden = policy.model.base_model(ids).last_hidden_state[0].detach().numpy()
+        layers = policy.model.base_model(ids, output_hidden_states=True).hidden_states
+        hidden = layers[2][0].detach().numpy()  # after the second of three
         assert found == pytest.approx(np.concatenate([hidden[-1], hidden.mean(axis=0)]), abs=1e-4)
     assert prompt_states(policy, chosen[::-1], max_tokens=60)[::-1] == pytest.approx(states, abs=1e-4)
+
+
+def test_the_last_layers_are_not_run_for_states(tools, problems):
+    ran, layers = [], decoder_layers(tools[0].model)
+    handles = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(layers)]
+    prompt_states(tools[0], problems[:3], max_tokens=1000)
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1] and len(layers) == 3
+    assert not any(layer._forward_hooks for layer in layers)  # nothing of ours is left
+
+
+def test_counts_are_the_same_if_the_head_is_scaled(tools, problems):
+    """The final norm times 8 and the head over 8 are the same policy, with eight times the gradient norms."""
+    policy, sampler, grader = tools
+    scaled = copy.deepcopy(policy.model)
+    scaled.lm_head.weight = torch.nn.Parameter(scaled.lm_head.weight / 8)  # no longer tied
+    scaled.model.norm.weight.data *= 8
+    counts, norms = [], []
+    for model in (policy.model, scaled):
+        each = Policy(model), HfSampler(model, sampler.tokenizer, settled()), grader
+        args, state = settled("--candidates-per-step", 32), RunState()
+        for step in (1, 2, 3):  # no update: what changes is what is known
+            _, samples, _ = e_step(problems, step, state, source_of(each, args), args)
+            counts.append([sample.problem for sample in samples])
+        norms.append(samples[0].head_grad_norm)
+    assert counts[:3] == counts[3:] and norms[1] == pytest.approx(8 * norms[0])
 
 
 def test_many_states_are_made_fewer_and_who_is_like_whom_is_kept(tools, problems, monkeypatch):

@@ -15,7 +15,8 @@ from checkpoint import newest_checkpoint, save_checkpoint
 from folder import RunState
 from data import Problem, check_prompts, encode_prompt
 from losses import kl_k3
-from model import Policy, load_model
+from model import Policy
+from pretrained import load_model
 from run import InputError
 from sampler import HfSampler, draw
 

@@ -10,19 +10,19 @@ import pytest
 from conftest import ROOT
 
 from allocator import gvm_weights, summarise_samples
-from predictor import LOG_P, RIDGE, STRENGTHS, Predictor, allocate_or_leave, betas, logistic, regress
+from predictor import LOG_P, SPREAD, STRENGTHS, Predictor, allocate_or_leave, betas, first_precision, logistic, regress
 
 
 def test_regressions_find_the_most_likely_coefficients():
     generator = np.random.default_rng(0)
     features, drawn = generator.normal(size=(40, 3)), generator.integers(1, 5, 40)
-    targets, start = generator.normal(size=40), (np.zeros(3), RIDGE * np.eye(3))
+    targets, start = generator.normal(size=40), (np.zeros(3), first_precision(3))
     mean, precision = regress(start, features, targets, np.ones(40), is_share=False)
-    assert precision == pytest.approx(features.T @ features + RIDGE * np.eye(3))
+    assert precision == pytest.approx(features.T @ features + first_precision(3))
     assert mean == pytest.approx(np.linalg.solve(precision, features.T @ targets))
     shares = generator.binomial(drawn, 0.3) / drawn
     mean, _ = regress(start, features, shares, drawn, is_share=True)
-    slope = features.T @ (drawn * (shares - logistic(features @ mean))) - RIDGE * mean
+    slope = features.T @ (drawn * (shares - logistic(features @ mean))) - first_precision(3) @ mean
     assert slope == pytest.approx(np.zeros(3), abs=1e-9)
 
 
@@ -30,7 +30,7 @@ def test_a_regression_survives_a_policy_that_turns_round():
     """Newton's step from a belief that is sure and wrong is far too long: undamped, it never comes back."""
     generator = np.random.default_rng(0)
     features = generator.normal(size=(1000, 20))
-    rates, drawn, belief = logistic(4 * features @ generator.normal(size=20)), np.full(1000, 8), (np.zeros(20), RIDGE * np.eye(20))
+    rates, drawn, belief = logistic(4 * features @ generator.normal(size=20)), np.full(1000, 8), (np.zeros(20), first_precision(20))
     for p in [rates] * 10 + [1 - rates] * 5:
         belief = regress(belief, features, generator.binomial(drawn, p) / drawn, drawn, is_share=True)
     assert np.mean(np.abs(logistic(features @ belief[0]) - (1 - rates))) < 0.3
@@ -39,9 +39,9 @@ def test_a_regression_survives_a_policy_that_turns_round():
 def test_a_regression_forgets_and_goes_on_from_what_it_knew():
     features, belief = np.eye(2), (np.array([1.0, 2.0]), np.diag([100.0, 100.0]))
     mean, precision = regress(belief, features, np.array([3.0, 3.0]), np.array([1, 0]), is_share=False)
-    prior = 0.98 * 100 + 0.02 * RIDGE
-    assert precision == pytest.approx(np.diag([prior + 1, prior]))
-    assert mean == pytest.approx([(prior * 1.0 + 3.0) / (prior + 1), 2.0])  # without a sample it stays as it was
+    first, intercept = 0.98 * 100 + 0.02 * 1 / SPREAD**2, 0.98 * 100 + 0.02 / 4
+    assert precision == pytest.approx(np.diag([first + 1, intercept]))
+    assert mean == pytest.approx([(first * 1.0 + 3.0) / (first + 1), 2.0])  # without a sample it stays as it was
 
 
 def teach(predictor: Predictor, generator, steps: int = 30) -> tuple:
@@ -65,7 +65,72 @@ def test_the_predictor_learns_what_separates_prompts():
     assert STRENGTHS[predictor.learnt["log_evidence"].argmax()] > 1  # a prediction that holds is believed
     _, weights = predictor.weights(features, lambda p, right, wrong: right)
     assert np.corrcoef(np.log(weights), log_norms)[0, 1] > 0.9
-    assert predictor.weights(features, lambda p, right, wrong: wrong)[1] == pytest.approx(np.ones(16))  # it has seen none
+    unseen = predictor.weights(features, lambda p, right, wrong: wrong)[1]  # those of wrong samples: it has seen none
+    assert unseen == pytest.approx(np.full(16, unseen[0])) and 0.5 < unseen[0] < 2  # as the right ones of its first step
+
+
+def outcomes(generator, p, drawn, scale=1.0) -> dict:
+    """A table of what is drawn: norms are e^(p + 1), times scale."""
+    right = generator.binomial(drawn, p)
+    norms = scale * np.exp(p + 1)
+    return {"num_right": right, "num_drawn": drawn, "norm_right": np.where(right > 0, norms, 0.0),
+            "norm_wrong": np.where(drawn > right, norms, 0.0)}
+
+
+def test_counts_do_not_depend_on_the_unit_of_the_norms():
+    served = []
+    for scale in (1.0, 1e-3, 1e4):
+        generator, predictor, counts = np.random.default_rng(0), Predictor({}), []
+        for step in range(6):
+            states = generator.normal(size=(32, 5))
+            features = predictor.features(states)
+            mu, weights = predictor.weights(features, lambda p, right, wrong: gvm_weights(p, right + wrong))
+            counts.append(allocate_or_leave(weights, 64, 2))
+            p = logistic(2 * states[:, 0] - 3) if step else np.zeros(32)  # no right sample in the first step
+            predictor.learn(features, mu, outcomes(generator, p, counts[-1], scale))
+        served.append(np.array(counts))
+    assert (served[0] == served[1]).all() and (served[0] == served[2]).all()
+    assert np.ptp(served[0][-1]) > 2  # they are not all alike
+
+
+@pytest.mark.parametrize("p, error", [(0.02, 0.015), (0.5, 0.07), (0.98, 0.015)])
+def test_a_base_rate_is_known_after_two_steps_of_64_samples(p, error):
+    """The intercept is not held at p = 1/2: without a difference between prompts, mu is the share of right samples."""
+    found = []
+    for seed in range(8):
+        generator, predictor = np.random.default_rng(seed), Predictor({})
+        for _ in range(2):
+            features = predictor.features(generator.normal(size=(16, 256)))
+            mu, _ = predictor.weights(features, lambda p, right, wrong: right)
+            predictor.learn(features, mu, outcomes(generator, np.full(16, p), np.full(16, 4)))
+        features = predictor.features(generator.normal(size=(64, 256)))
+        found.append(predictor.weights(features, lambda p, right, wrong: right)[0].mean())
+    assert np.mean(found) == pytest.approx(p, abs=error)
+
+
+def test_prompts_that_one_number_tells_apart_for_good():
+    """p is 0 or 1 by the sign of a state: nothing bounds the likeliest coefficients but their prior."""
+    generator, predictor = np.random.default_rng(0), Predictor({})
+    for _ in range(50):
+        states = generator.normal(size=(16, 5))
+        features = predictor.features(states)
+        mu, weights = predictor.weights(features, lambda p, right, wrong: gvm_weights(p, right))
+        predictor.learn(features, mu, outcomes(generator, (states[:, 0] > 0).astype(float), np.full(16, 4)))
+    assert np.isfinite(weights).all()
+    assert np.mean(np.abs(mu - (states[:, 0] > 0))) < 0.1
+
+
+def test_one_prompt_a_step_teaches_as_well():
+    generator, predictor = np.random.default_rng(0), Predictor({})
+    predictor.features(generator.normal(size=(64, 5)))  # the first states set the scale
+    for _ in range(300):
+        states = generator.normal(size=(1, 5))
+        features = predictor.features(states)
+        mu, _ = predictor.weights(features, lambda p, right, wrong: right)
+        predictor.learn(features, mu, outcomes(generator, logistic(3 * states[:, 0]), np.array([4])))
+    states = generator.normal(size=(200, 5))
+    mu, _ = predictor.weights(predictor.features(states), lambda p, right, wrong: right)
+    assert np.corrcoef(mu, logistic(3 * states[:, 0]))[0, 1] > 0.9
 
 
 def test_what_the_predictor_has_learnt_goes_through_json():

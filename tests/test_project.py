@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-ORDER = ["allocator", "predictor", "wording", "formulas", "equality", "answers", "run", "files", "data", "grader", "metrics", "losses", "model", "batches", "sampler",
+ORDER = ["allocator", "predictor", "wording", "formulas", "equality", "answers", "run", "files", "data", "grader", "metrics", "losses", "pretrained", "model", "batches", "sampler",
          "folder", "checkpoint", "eval", "gvm", "raft", "grpo"]  # a module may import those before it
 ALONE = ["allocator", "predictor", "wording", "formulas"]  # they import nothing of the project
 MODULES = [ROOT / f"{name}.py" for name in ORDER]

@@ -20,7 +20,8 @@ from batches import collate, distribute, fill_logprobs
 from checkpoint import RunState
 from data import Problem
 from losses import LOSSES, kl_k3, loss_weights, raft_objective
-from model import Policy, load_model
+from model import Policy
+from pretrained import load_model
 from raft import micro_batch_loss, optimizer_step, split_updates, train, train_step
 from run import InputError, RunError
 

@@ -13,7 +13,7 @@ from conftest import flags, make_sample, run_script
 
 from data import Problem, encode_prompt, load_prompts, problems_of_step
 from metrics import describe_step
-from model import load_model
+from pretrained import load_model
 from run import InputError, RunError
 from batches import cut_in_pieces
 from sampler import SAMPLERS, HfSampler, VllmSampler, draw, gumbel_max, make_sampler

@@ -19,7 +19,8 @@ import run
 from batches import collate, distribute, fill_norms, prompt_states
 from data import TOY, Problem
 from gvm import settle_budget
-from model import Policy, load_model
+from model import Policy
+from pretrained import load_model
 
 PILOT = ["--pilot-samples", 2]
 LENGTHS = ["--prompt-tokens", 12, "--response-tokens", 10]

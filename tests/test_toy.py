@@ -8,7 +8,7 @@ import pytest
 from conftest import TOY, flags
 
 from data import EVALUATION, load_prompts
-from model import load_model
+from pretrained import load_model
 from sampler import HfSampler, draw
 
 # Problems, and the shares that none and all of 16 samples solve: means of (1 - p)^16 and p^16, with p by 64 others.

@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402 (the project's modules lie one folder up)
 import run  # noqa: E402
 from data import TRAINING, Problem, encode_prompt  # noqa: E402
 from grader import Grader  # noqa: E402
-from model import add_model_flags, load_model  # noqa: E402
+from pretrained import add_model_flags, load_model  # noqa: E402
 from sampler import add_sampler_flags, draw, make_sampler  # noqa: E402
 
 MIXES = {

@@ -12,7 +12,8 @@ from conftest import flags, m_step
 from batches import distribute, fill_logprobs
 from data import Problem, encode_prompt, load_prompts
 from grader import Grader
-from model import Policy, load_model
+from model import Policy
+from pretrained import load_model
 from run import join_ranks, run_script
 from sampler import HfSampler, draw, make_sampler
 

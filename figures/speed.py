@@ -1,0 +1,257 @@
+"""How much sooner does a method reach an accuracy? On the toy, in tokens, seconds and samples.
+
+    python figures/speed.py run --minutes 60     # what is missing in speed.jsonl: first tuning, then
+                                                 # what is reported; again any time
+    python figures/speed.py time                 # seconds of a step, with nothing else running
+    python figures/speed.py table                # the table of figures/README.md, from the records
+    python figures/speed.py figure               # README's figure, likewise
+
+What is measured was settled before a reported run was made. The cost of a run for an accuracy is
+what it has spent when it first comes there, linear between evaluations; if it never does, all that
+it spent in its 120 steps. Accuracies are 0.55, 0.58 and 0.60, where curves are steep. The speed of
+a method is the mean cost of uniform's runs over the mean cost of its own, and over accuracies the
+geometric mean; its interval comes from a bootstrap over pairs of runs with the same seed. Beside
+it stands the difference of the mean accuracy over the first T tokens, T being what the cheapest of
+all runs has spent: the area between the curves.
+
+A step draws 64 samples, 16 prompts x 4, and makes one update. The learning rate is tuned for each
+method by itself, on two seeds that are not reported: by the cost in tokens, the geometric mean over
+the three accuracies.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from files import read_rows  # noqa: E402 (the project's modules lie one folder up)
+
+RECORDS = Path(__file__).with_suffix(".jsonl")
+
+METHODS = ("uniform", "published", "predicted", "wider pool")  # see flags
+ACCURACIES = (0.55, 0.58, 0.60)
+RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)
+PROMPTS, SAMPLES_EACH = 16, 4  # of a step
+TUNING_SEEDS, SEEDS = (100, 101), range(400, 420)
+PARTS = ((40, 5), (120, 20))  # (last step, steps between evaluations): often where curves are steep
+EVAL_SAMPLES = 5  # of each of 200 problems
+TIMED_STEPS = 60
+KEY = ("stage", "objective", "method", "rate", "seed")
+STEP, SAMPLES, TOKENS, ACCURACY = range(4)  # columns of a curve
+
+
+# --- runs --------------------------------------------------------------------------------------
+def flags(spec: dict) -> list[str]:
+    """The command line of a run, but for its length and folder. All that matters is spelled out."""
+    fitting = ["--allocator", {"raft": "gvm", "grpo": "reward"}[spec["objective"]], "--alpha", 0.01]
+    of_method = {
+        "uniform": ["--allocator", "uniform"],
+        "published": ["--allocator", "gvm", "--alpha", 0.001, "--pilot-samples", SAMPLES_EACH // 2],
+        "predicted": ["--candidates-per-step", PROMPTS, *fitting],
+        "wider pool": ["--candidates-per-step", 4 * PROMPTS, *fitting],
+    }
+    words = ["--data", ROOT / "tests" / "toy" / "train.jsonl", "--prompts-per-step", PROMPTS,
+             "--samples-per-prompt", SAMPLES_EACH, "--updates-per-step", 1, "--lr", spec["rate"],
+             "--seed", spec["seed"], *of_method[spec["method"]]]
+    return [str(word) for word in words]
+
+
+def run(spec: dict, parts=PARTS, eval_samples: int = EVAL_SAMPLES) -> dict:
+    """The record of a run: spec, its curve, and for the stage `time` the seconds of a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        for steps, eval_every in parts:  # the second part resumes the first
+            words = [sys.executable, ROOT / f"{spec['objective']}.py", *flags(spec), "--out", out,
+                     "--resume", "--steps", steps, "--eval-every", eval_every,
+                     "--eval-samples", eval_samples, "--save-every", steps, "--keep-samples", 0]
+            done = subprocess.run([str(word) for word in words], capture_output=True, text=True,
+                                  check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            if done.returncode:
+                sys.exit(f"{spec}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        lines = read_rows(out / "log.jsonl")
+    curve = [[line["step"], line["samples"], line["tokens"], line["eval_accuracy"]]
+             for line in lines if "eval_accuracy" in line]
+    if spec["stage"] != "time":
+        return spec | {"curve": curve}
+    last = lines[-1]
+    seconds = last["seconds"] - last["seconds_eval"] - last["seconds_save"]
+    return spec | {"curve": curve, "seconds_a_step": round(seconds / last["step"], 4)}
+
+
+def missing_runs(records: list[dict], objectives, methods) -> list[dict]:
+    """The runs that are not in the records yet: those that tune, or if there are none, those that
+    are reported, seed after seed."""
+    tuning, reported = [], []
+    for objective in objectives:
+        for method in methods:
+            best = tuned_rate(records, objective, method)
+            tuning += [("tune", objective, method, rate, seed)
+                       for rate in RATES for seed in TUNING_SEEDS]
+            if best:
+                reported += [("report", objective, method, best, seed) for seed in SEEDS]
+    there = {tuple(record[name] for name in KEY) for record in records}
+    missing = [key for key in tuning if key not in there]
+    if not missing:
+        missing = sorted((key for key in reported if key not in there), key=lambda key: key[-1])
+    return [dict(zip(KEY, key)) for key in missing]
+
+
+# --- what the records say ------------------------------------------------------------------------
+def run_cost(curve, column: int, accuracy: float) -> float:
+    """What a run has spent when it first reaches an accuracy; if it never does, all of it."""
+    for before, after in zip(curve, curve[1:]):
+        if before[ACCURACY] < accuracy <= after[ACCURACY]:
+            share = (accuracy - before[ACCURACY]) / (after[ACCURACY] - before[ACCURACY])
+            return before[column] + share * (after[column] - before[column])
+    return curve[-1][column]
+
+
+def run_costs(curves: list, column: int) -> np.ndarray:
+    """run_cost of each run for each of ACCURACIES: (runs, accuracies)."""
+    return np.array([[run_cost(curve, column, accuracy) for accuracy in ACCURACIES]
+                     for curve in curves])
+
+
+def geometric_mean(values: np.ndarray) -> float:
+    """Of values above 0."""
+    return float(np.exp(np.log(values).mean()))
+
+
+def tuned_rate(records: list[dict], objective: str, method: str) -> float | None:
+    """The learning rate with the lowest cost in tokens; None before all were run."""
+    curves = {rate: [] for rate in RATES}
+    for record in records:
+        if (record["stage"], record["objective"], record["method"]) == ("tune", objective, method):
+            curves[record["rate"]].append(record["curve"])
+    if any(len(runs) < len(TUNING_SEEDS) for runs in curves.values()):
+        return None
+    return min(RATES, key=lambda rate: geometric_mean(
+        run_costs(curves[rate], TOKENS).mean(axis=0)))
+
+
+def records_of(records: list[dict], stage: str, objective: str, method: str) -> dict[int, dict]:
+    """{seed: record} of a method, at its best rate."""
+    best = tuned_rate(records, objective, method)
+    return {record["seed"]: record for record in records
+            if (record["stage"], record["objective"]) == (stage, objective)
+            and (record["method"], record["rate"]) == (method, best)}
+
+
+def with_interval(statistic, *per_run: np.ndarray, draws: int = 10_000) -> str:
+    """statistic(*per_run) and its 95 % interval; per_run: (runs, ...) each, paired by seed."""
+    generator, runs = np.random.default_rng(0), len(per_run[0])
+    rows = generator.integers(runs, size=(draws, runs))
+    low, high = np.percentile([statistic(*(x[row] for x in per_run)) for row in rows], [2.5, 97.5])
+    return f"{statistic(*per_run):.2f} ({low:.2f} to {high:.2f})"
+
+
+def speed(even: np.ndarray, costs: np.ndarray) -> float:
+    """How many times lower a method's costs are than uniform's, (runs, accuracies) each."""
+    return geometric_mean(even.mean(axis=0) / costs.mean(axis=0))
+
+
+def mean_accuracy(curve, most_tokens: float) -> float:
+    """Over the first `most_tokens` tokens, linear between evaluations."""
+    tokens, accuracy = np.array(curve)[:, [TOKENS, ACCURACY]].T
+    grid = np.linspace(0, most_tokens, 1001)
+    return float(np.interp(grid, tokens, accuracy).mean())
+
+
+def table(records: list[dict]) -> str:
+    """Markdown: every method at its best setting against uniform, on the seeds that all have."""
+    names = ("objective", "method", "rate, pilot, alpha", "thousand tokens to 0.55, 0.58, 0.60",
+             "never", "s a step", "accuracy at the end", "speed in tokens", "in seconds", "in samples",
+             "area at equal tokens")
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for objective in ("raft", "grpo"):
+        groups = {method: records_of(records, "report", objective, method) for method in METHODS}
+        seeds = sorted(set.intersection(*map(set, groups.values())))
+        if len(seeds) < 2:
+            continue
+        curves = {method: [group[seed]["curve"] for seed in seeds] for method, group in groups.items()}
+        most_tokens = min(curve[-1][TOKENS] for runs in curves.values() for curve in runs)
+        for method in METHODS:
+            lines.append(row(records, objective, method, curves, most_tokens))
+    return "\n".join(lines)
+
+
+def row(records: list[dict], objective: str, method: str, curves: dict, most_tokens: float) -> str:
+    """A line of the table. curves: by method, those of the same seeds."""
+    runs, even = curves[method], curves["uniform"]
+    setting = f"{tuned_rate(records, objective, method):g}, " + {
+        "uniform": "none", "published": f"{SAMPLES_EACH // 2}, 0.001"}.get(method, "none, 0.01")
+    costs, ends = run_costs(runs, TOKENS), np.array([curve[-1][ACCURACY] for curve in runs])
+    never = np.mean([[max(a for *_, a in curve) < accuracy for curve in runs]
+                     for accuracy in ACCURACIES], axis=1)
+    seconds = {name: [record["seconds_a_step"] for record in
+                      records_of(records, "time", objective, name).values()] for name in METHODS}
+    cells = [objective, f"{method}, {len(runs)} seeds", setting,
+             ", ".join(f"{cost / 1000:.0f}" for cost in costs.mean(axis=0)),
+             ", ".join(f"{share:.0%}" for share in never),
+             f"{np.mean(seconds[method]):.3f}" if seconds[method] else "", f"{ends.mean():.3f}"]
+    if method == "uniform":
+        return "| " + " | ".join(cells + [""] * 4) + " |"
+    cells.append(with_interval(speed, run_costs(even, TOKENS), costs))
+    if seconds[method] and seconds["uniform"]:
+        ours, theirs = (run_costs(curves[name], STEP) * np.mean(seconds[name])
+                        for name in (method, "uniform"))
+        cells.append(with_interval(speed, theirs, ours))
+    else:
+        cells.append("not timed")
+    cells.append(with_interval(speed, run_costs(even, SAMPLES), run_costs(runs, SAMPLES)))
+    areas = [np.array([mean_accuracy(curve, most_tokens) for curve in x]) for x in (runs, even)]
+    cells.append(with_interval(lambda ours, theirs: 100 * (ours - theirs).mean(), *areas) + " points")
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Run what is missing, or print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=("run", "time", "table"))
+    add("--minutes", type=float, default=60.0, help="no run is begun after them")
+    add("--jobs", type=int, default=2, help="runs at a time, one core each")
+    add("--records", type=Path, default=RECORDS, help="where runs are kept")
+    add("--objectives", nargs="+", choices=("raft", "grpo"), default=("raft", "grpo"))
+    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
+
+    def records() -> list[dict]:
+        return read_rows(args.records) if args.records.exists() else []
+
+    def run_and_keep(spec: dict, **more) -> None:
+        if time.monotonic() < deadline:
+            record = run(spec, **more)
+            with args.records.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(*spec.values(), record["curve"][-1], flush=True)
+
+    while args.what == "run" and time.monotonic() < deadline:
+        specs = missing_runs(records(), args.objectives, args.methods)
+        if not specs:
+            break
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(run_and_keep, specs))
+    if args.what == "time":
+        for seed in TUNING_SEEDS:  # each method once, and then again
+            for objective in args.objectives:
+                for method in args.methods:
+                    rate = tuned_rate(records(), objective, method)
+                    key = ("time", objective, method, rate, seed)
+                    run_and_keep(dict(zip(KEY, key)), parts=((TIMED_STEPS, TIMED_STEPS),), eval_samples=1)
+    print(table(records()))
+
+
+if __name__ == "__main__":
+    main()
