@@ -1,18 +1,15 @@
-"""Where does allocation pay? Methods compared at equal samples, updates and evaluations, each with its own best flags.
+"""More ways to spend samples, and more mixes of problems, at equal samples and updates: the toy, five or ten seeds.
 
     python figures/experiment.py run --minutes 60 --jobs 2      # what is missing in experiment.jsonl; again any time
-    python figures/experiment.py table                          # the table of figures/README.md, from experiment.jsonl,
-                                                                # or with the seeds that the oracle has: --seeds 5
-    python figures/experiment.py short                          # the table of README.md, a part of it
-    python figures/experiment.py figure                         # README's figure, likewise
+    python figures/experiment.py table                          # the table of figures/README.md, from experiment.jsonl
     python figures/experiment.py defaults --minutes 60          # what the defaults were chosen by: runs what is
                                                                 # missing, and prints the table
 
-A step draws 64 samples and makes one update. For every method by itself, in the mix `usual` and on seeds that are
-not reported, first the learning rate is tuned, with 16 prompts x 4 samples, then the split, at the best rate; the best
-is the one with the highest mean accuracy over the run, so that what comes early counts as well as the end. One line
-of the file is one run: what it was, [step, samples, tokens, seconds, accuracy] at each evaluation, and for runs of the
-stage `where`, at the first setting, how many samples were drawn of each problem.
+The comparison that counts is speed.py's: it has more seeds, and a measure that was settled before. This one is older. A
+step draws 64 samples and makes one update. For every method by itself, in the mix `usual` and on seeds that are not
+reported, first the learning rate is tuned, with 16 prompts x 4 samples, then the split, at the best rate; the best is
+the one with the highest mean accuracy over the run. One line of the file is one run: what it was, and [step, samples,
+tokens, seconds, accuracy] at each evaluation.
 """
 
 import argparse
@@ -21,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -44,27 +40,18 @@ METHODS = {  # (flags, what takes the place of gvm.e_step); all flags that a met
     "published": (["--allocator", "gvm", "--alpha", 0.001], None),  # the pilot is half of the budget: see flags
     "fitting rule": (["--alpha", 0.001], None),  # likewise, but GRPO's: the rule that fits the objective
     "rounds": (DAMPED, methods.rounds),
-    "predicted": (DAMPED, None),  # and as many candidates as prompts: see flags
-    "wider pool": (DAMPED, None),  # and four times as many
-    "oracle": (DAMPED, methods.oracle),  # likewise
+    "oracle": (DAMPED, methods.oracle),  # of four times as many prompts: see flags
     # Its pilot is not counted here either, and it makes more updates; the other has as many, and nothing else of it.
     "released": (["--allocator", "gvm", "--alpha", 0.001, "--weighting", "token",
                   "--pilot-samples", 8, "--e-step-every", 9, "--updates-per-step", 8], None),
     "uniform, 8 updates": (["--allocator", "uniform", "--updates-per-step", 8], None),
 }
-SHOWN = {  # in the figure
-    "uniform": ("uniform", {"color": "black", "linestyle": ":", "marker": "o", "markersize": 4}),
-    "dynamic": ("uniform, dynamic sampling", {"color": "grey", "linestyle": "-.", "marker": "s", "markersize": 4}),
-    "published": ("GVM as published", {"color": "grey", "linestyle": "--", "marker": "^", "markersize": 4}),
-    "rounds": ("GVM with rounds", {"color": "grey", "linestyle": "-", "marker": "v", "markersize": 4}),
-    "wider pool": ("GVM, p predicted", {"color": "black", "linestyle": "-", "marker": "D", "markersize": 4}),
-}
-SHORT = ("uniform", "published", "wider pool", "oracle")  # in README's table
-NOT_TUNED = {"oracle": "wider pool", "released": "uniform", "uniform, 8 updates": "uniform"}  # whose setting they have
+NOT_TUNED = {"released": "uniform", "uniform, 8 updates": "uniform"}  # whose setting they have
+ORACLE = {"raft": (3e-4, 8, 8), "grpo": (3e-4, 32, 2)}  # its setting
 RATES = (1.5e-4, 3e-4, 6e-4)
 MIDDLE_SPLIT, SPLITS = (16, 4), ((8, 8), (32, 2))  # prompts, samples of each
 TUNING_SEEDS, STEPS, EVAL_EVERY = (100, 101), 120, 20
-EVAL_SAMPLES = {"tune": 5, "report": 10, "where": 1, "defaults": 10}  # of each problem
+EVAL_SAMPLES = {"tune": 5, "report": 10, "defaults": 10}  # of each problem
 CANDIDATES = [("raft", "published", 16, 4), ("raft", "uniform", 16, 4), ("grpo", "published", 16, 4),  # for defaults
               ("grpo", "published", 8, 8), ("grpo", "fitting rule", 16, 4), ("grpo", "fitting rule", 8, 8),
               ("grpo", "uniform", 16, 4)]
@@ -79,9 +66,8 @@ def flags(spec: dict, out: Path, steps: int, eval_samples: int) -> list[str]:
     """The command line of a run, for raft.py or grpo.py."""
     pilot = ["--pilot-samples", spec["samples"] // 2]
     fitting = ["--allocator", {"raft": "gvm", "grpo": "reward"}[spec["objective"]]]
-    pool, wider = (["--candidates-per-step", times * spec["prompts"], *fitting] for times in (1, 4))
-    more = {"published": pilot, "fitting rule": pilot + fitting, "rounds": fitting, "predicted": pool,
-            "wider pool": wider, "oracle": wider}
+    more = {"published": pilot, "fitting rule": pilot + fitting, "rounds": fitting,
+            "oracle": ["--candidates-per-step", 4 * spec["prompts"], *fitting]}
     eval_every = DEFAULT_EVERY if spec["stage"] == "defaults" else EVAL_EVERY
     words = ["--data", ROOT / "tests" / "toy" / MIXES[spec["mix"]], "--prompts-per-step", spec["prompts"],
              "--samples-per-prompt", spec["samples"], "--updates-per-step", 1, "--lr", spec["rate"], "--steps", steps,
@@ -93,21 +79,11 @@ def flags(spec: dict, out: Path, steps: int, eval_samples: int) -> list[str]:
 def worker(objective: str, method: str, words: list[str]) -> None:
     """One run, in a process of its own."""
     import grpo
-    import gvm
     import raft
 
-    draw, drawn = gvm.SampleSource.sample_and_grade, Counter()
-
-    def draw_and_count(*arguments, **more) -> list:
-        samples = draw(*arguments, **more)
-        drawn.update(sample.problem for sample in samples)
-        return samples
-
-    gvm.SampleSource.sample_and_grade = draw_and_count
     if METHODS[method][1]:
         raft.e_step = METHODS[method][1]
     {"raft": raft, "grpo": grpo}[objective].main(words)
-    Path(words[words.index("--out") + 1], "drawn.json").write_text(json.dumps(drawn))
 
 
 def run(spec: dict, steps: int = STEPS, eval_samples: int | None = None) -> dict:
@@ -119,31 +95,12 @@ def run(spec: dict, steps: int = STEPS, eval_samples: int | None = None) -> dict
         done = subprocess.run([sys.executable, __file__, "worker", *words], capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{spec}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        lines, drawn = read_rows(out / "log.jsonl"), json.loads((out / "drawn.json").read_text())
+        lines = read_rows(out / "log.jsonl")
     curve = [[line["step"], line["samples"], line["tokens"], round(line["seconds"], 2), line["eval_accuracy"]]
              for line in lines if "eval_accuracy" in line]
     if spec["method"] == "released":  # where the pilot is not counted
         curve = [[step, step * spec["prompts"] * spec["samples"], *rest] for step, _, *rest in curve]
-    return spec | {"curve": curve} | ({"drawn": drawn} if spec["stage"] == "where" else {})
-
-
-def where(path: Path) -> None:
-    """Append what the right half of the figure needs: where each method's samples went, and p before training."""
-    for method in (*SHOWN, "p"):
-        spec = dict(zip(KEY, ("where", "raft", method, "usual", RATES[1], *MIDDLE_SPLIT, 0)))
-        if all(record["stage"] != "where" or record["method"] != method for record in read(path)):
-            append(path, right_of_each(spec) if method == "p" else run(spec, steps=60))
-
-
-def right_of_each(spec: dict) -> dict:
-    """The record of 64 samples of each problem by the toy as it is: how many were right."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "table.jsonl"
-        words = ["--data", ROOT / "tests" / "toy" / MIXES[spec["mix"]], "--pilot-samples", 64,
-                 "--samples-per-prompt", 64, "--out", out]
-        script = ROOT / "tests" / "allocation_table.py"
-        subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, check=True)
-        return spec | {"curve": [], "right": {row["id"]: row["num_right"] for row in read_rows(out)}}
+    return spec | {"curve": curve}
 
 
 def append(path: Path, record: dict) -> None:
@@ -160,6 +117,8 @@ def read(path: Path) -> list[dict]:
 
 def tune(records: list[dict], objective: str, method: str) -> tuple[list[tuple], tuple | None]:
     """(settings to try, the best of them or None before all were run); a setting: (rate, prompts, samples)."""
+    if method == "oracle":
+        return [], ORACLE[objective]
     scores = {}  # by setting: mean accuracies
     for record in records:
         if (record["stage"], record["objective"], record["method"]) == ("tune", objective, method):
@@ -238,7 +197,7 @@ def speedup(curves: np.ndarray, uniform: np.ndarray, column: int, draws: int = 2
 def reported(records: list[dict]) -> dict[tuple, dict[int, dict]]:
     """(objective, mix, method): {seed: record}, at each method's best setting; in the order of METHODS."""
     groups = {}
-    for record in sorted(records, key=lambda record: ("p", *METHODS).index(record["method"])):
+    for record in sorted(records, key=lambda record: list(METHODS).index(record["method"])):
         objective, method = record["objective"], record["method"]
         if record["stage"] == "report":
             _, best = tune(records, objective, NOT_TUNED.get(method, method))
@@ -247,15 +206,15 @@ def reported(records: list[dict]) -> dict[tuple, dict[int, dict]]:
     return groups
 
 
-def table(records: list[dict], most_seeds: int = 10) -> str:
-    """Markdown: every method, at its best setting, against uniform with the same seeds, the first `most_seeds`."""
+def table(records: list[dict]) -> str:
+    """Markdown: every method, at its best setting, against uniform with the same seeds."""
     names = ("objective", "mix", "method", "rate, split", "samples to 0.60, 0.62", "thousand tokens", "final accuracy",
              "against uniform's", "speed in samples", "in tokens")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     groups = reported(records)
     for (objective, mix, method), runs in sorted(groups.items(), key=lambda item: item[0][:2]):
         others = groups.get((objective, mix, "uniform"), {})
-        seeds = sorted(runs.keys() & others.keys())[:most_seeds]
+        seeds = sorted(runs.keys() & others.keys())
         if len(seeds) < 2:
             continue
         curves, uniform = (np.array([group[seed]["curve"] for seed in seeds]) for group in (runs, others))
@@ -267,18 +226,6 @@ def table(records: list[dict], most_seeds: int = 10) -> str:
         if method != "uniform":
             cells += [interval(ends - uniform_ends), speedup(curves, uniform, 1), speedup(curves, uniform, 2)]
         lines.append("| " + " | ".join(cells + [""] * (len(names) - len(cells))) + " |")
-    return "\n".join(lines)
-
-
-def short_table(records: list[dict]) -> str:
-    """Markdown: of `table`, the methods that README names, in the mix `usual`; what users pay in comes first."""
-    lines = ["| objective | method | thousand tokens to 0.60 | final accuracy | speed in tokens | speed in samples |"]
-    lines.append("|---" * 6 + "|")
-    for row in table(records).splitlines()[2:]:
-        objective, mix, method, _, _, tokens, final, _, samples_speed, tokens_speed = row[2:-2].split(" | ")
-        if mix == "usual" and method.split(",")[0] in SHORT and "updates" not in method:
-            cells = [objective, method, tokens.split(",")[0], final, tokens_speed, samples_speed]
-            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -300,41 +247,6 @@ def defaults(records: list[dict]) -> tuple[list[dict], str]:
     return missing, "\n".join(lines)
 
 
-def figure(records: list[dict], path: Path) -> None:
-    """In the mix `usual`: accuracy against samples, of RAFT and GRPO; and where the samples of 60 RAFT steps went."""
-    from matplotlib import pyplot as plt
-
-    groups, drawn = reported(records), {}
-    for record in records:
-        if record["stage"] == "where":
-            drawn[record["method"]] = record["right" if record["method"] == "p" else "drawn"]
-    p = np.array([drawn["p"][i] for i in sorted(drawn["p"], key=int)]) / 64
-    edges = np.array([0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.01])
-    place = np.digitize(p, edges) - 1  # of each problem
-    _, (*curve_axes, where_axes) = plt.subplots(1, 3, figsize=(13, 4))
-    for method, (label, style) in SHOWN.items():
-        for objective, axes in zip(("raft", "grpo"), curve_axes):
-            if runs := groups.get((objective, "usual", method)):
-                curves = np.array([record["curve"] for record in runs.values()])
-                mean, half = curves[:, :, -1].mean(axis=0), interval_half(curves[:, :, -1])
-                axes.errorbar(curves[0, :, 1], mean, half, label=label, capsize=2, linewidth=1.2, **style)
-        if method in drawn:
-            counts = np.bincount(place, [drawn[method].get(str(i), 0) for i in range(len(p))])
-            share = counts / counts.sum() / (np.bincount(place) / len(p))
-            where_axes.plot(share, label=label, linewidth=1.2, **style)
-    for title, axes in zip(("RAFT", "GRPO"), curve_axes):
-        axes.set(title=title, xlabel="samples drawn, pilot included", ylabel="accuracy, 95 % interval")
-    names = ["under 0.01", *(f"to {edge:g}" for edge in edges[2:-1]), "above"]
-    where_axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    where_axes.set(title="RAFT, 60 steps", xlabel="p of the prompt before training", ylim=(0, 4.4),
-                   ylabel="samples of a prompt, over the mean")
-    for axes, corner in zip((*curve_axes, where_axes), ("lower right", "lower right", "upper right")):
-        axes.legend(frameon=False, loc=corner)
-        axes.spines[["top", "right"]].set_visible(False)
-    plt.tight_layout()
-    plt.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Run what is missing, or print the table."""
     if sys.argv[1:2] == ["worker"]:
@@ -342,10 +254,9 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("run", "where", "table", "short", "figure", "defaults"))
+    add("what", choices=("run", "table", "defaults"))
     add("--minutes", type=float, default=60.0, help="no run is begun after them")
     add("--jobs", type=int, default=2, help="runs at a time, one core each")
-    add("--seeds", type=int, default=10, help="in the table, the first of each method's, at most")
     add("--records", type=Path, default=RECORDS, help="where runs are kept")
     add("--objectives", nargs="+", choices=("raft", "grpo"), default=("raft", "grpo"))
     add("--methods", nargs="+", choices=METHODS, default=tuple(name for name in METHODS if name != "fitting rule"))
@@ -357,8 +268,6 @@ def main() -> None:
         if time.monotonic() < deadline:
             append(args.records, run(spec, DEFAULT_STEPS if spec["stage"] == "defaults" else STEPS))
 
-    if args.what == "where":
-        where(args.records)
     if args.what == "defaults":
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(run_and_keep, defaults(read(args.records))[0]))
@@ -370,12 +279,7 @@ def main() -> None:
             break
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(run_and_keep, specs))
-    if args.what == "figure":
-        figure(read(args.records), RECORDS.with_suffix(".png"))
-    elif args.what == "short":
-        print(short_table(read(args.records)))
-    else:
-        print(table(read(args.records), args.seeds))
+    print(table(read(args.records)))
 
 
 if __name__ == "__main__":

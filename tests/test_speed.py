@@ -1,0 +1,67 @@
+"""figures/speed.py: costs, speed and areas by hand, what is run next, two steps of each method, README's table."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "figures"))
+
+import speed  # noqa: E402 (lies in figures/)
+
+CURVE = [[0, 0, 0, 0.4], [5, 100, 1000, 0.5], [10, 200, 2000, 0.6], [15, 300, 3000, 0.5]]
+
+
+def record(stage="tune", method="published", rate=3e-4, seed=100, curve=CURVE) -> dict:
+    return dict(zip(speed.KEY, (stage, "raft", method, rate, seed))) | {"curve": curve}
+
+
+def test_what_a_run_costs_by_hand():
+    assert speed.run_cost(CURVE, speed.TOKENS, 0.55) == pytest.approx(1500)
+    assert speed.run_cost(CURVE, speed.SAMPLES, 0.55) == pytest.approx(150)
+    assert speed.run_cost(CURVE, speed.TOKENS, 0.61) == 3000  # never: all that it spent
+    assert speed.run_cost(CURVE, speed.STEP, 0.5) == pytest.approx(5)
+    costs = speed.run_costs([CURVE, CURVE], speed.TOKENS)
+    assert costs == pytest.approx(np.array([[1500, 1800, 2000]] * 2))
+
+
+def test_speed_and_area_by_hand():
+    even, ours = np.array([[10.0, 20, 40], [30, 20, 40]]), np.array([[5.0, 10, 40], [15, 10, 40]])
+    assert speed.speed(even, ours) == pytest.approx((2 * 2 * 1) ** (1 / 3))
+    assert speed.with_interval(speed.speed, ours, ours) == "1.00 (1.00 to 1.00)"
+    paired = speed.with_interval(speed.speed, even, even / 2)  # each pair says 2, however its runs differ
+    assert paired == "2.00 (2.00 to 2.00)"
+    assert speed.mean_accuracy(CURVE, 2000) == pytest.approx(0.5) and speed.mean_accuracy(CURVE, 1000) == pytest.approx(0.45)
+
+
+def test_the_rate_is_tuned_by_the_cost_in_tokens_before_anything_is_reported():
+    dear = [[step, samples, 2 * tokens, accuracy] for step, samples, tokens, accuracy in CURVE]
+    records = [record(rate=rate, seed=seed, curve=CURVE if rate == 1.5e-4 else dear)
+               for rate in speed.RATES for seed in speed.TUNING_SEEDS]
+    assert speed.tuned_rate(records[:-1], "raft", "published") is None
+    missing = speed.missing_runs(records[:-1], ["raft"], ["published"])
+    assert [tuple(run.values()) for run in missing] == [("tune", "raft", "published", speed.RATES[-1], speed.TUNING_SEEDS[-1])]
+    assert speed.tuned_rate(records, "raft", "published") == 1.5e-4
+    missing = speed.missing_runs(records, ["raft"], ["published"])
+    assert [run["seed"] for run in missing] == list(speed.SEEDS) and {run["rate"] for run in missing} == {1.5e-4}
+    assert not set(speed.SEEDS) & set(speed.TUNING_SEEDS)
+    done = [record("report", rate=1.5e-4, seed=seed) for seed in speed.SEEDS[:-1]]
+    assert len(speed.missing_runs(records + done, ["raft"], ["published"])) == 1
+    assert speed.records_of(records + done + [record("report", rate=3e-4, seed=7)], "report", "raft", "published").keys() == set(speed.SEEDS[:-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", speed.METHODS)
+def test_two_steps_of_each_method_spend_the_same(method):
+    done = speed.run(record("time", method, seed=0), parts=((1, 1), (2, 1)), eval_samples=1)
+    assert [(step, samples) for step, samples, *_ in done["curve"]] == [(0, 0), (1, 64), (2, 128)]
+    assert 0 < done["seconds_a_step"] < 60
+
+
+@pytest.mark.slow
+def test_the_readmes_have_the_tables_of_the_records():
+    records = speed.read_rows(speed.RECORDS)
+    assert len({tuple(record[name] for name in speed.KEY) for record in records}) == len(records)
+    readme = (ROOT / "figures" / "README.md").read_text()
+    assert all(line in readme for line in speed.table(records).splitlines())
