@@ -117,8 +117,7 @@ def plan_flags(args) -> dict:
 
 
 def is_planned(state, step: int, batch: list[Problem], args) -> bool:
-    """Whether there is a plan for these prompts in this step: not if its steps are over, nor if a
-    run was resumed with other problems, or other flags."""
+    """Whether state.plan is for these prompts in this step, and was made with these flags."""
     if state.plan is None or state.plan_flags != plan_flags(args):
         return False
     return rows_of_step(state.plan, step)["id"].tolist() == [problem.id for problem in batch]
@@ -228,21 +227,18 @@ def predicted_step(problems: list[Problem], step: int, state, source: SampleSour
     with source.timer("predict"):
         states = prompt_states(source.policy, candidates, args.tokens_per_micro_batch)
         predictor, features = on_every_rank(start_predictor, state.predictor, states)
-        rule = partial(RULES[args.allocator].weights, args=args)
-        p, weights = predictor.weights(features, rule)
-    smallest = OBJECTIVES[args.objective].smallest_group
-    budget = args.prompts_per_step * args.samples_per_prompt
-    counts = of_rank0(allocate_or_leave(weights, budget, smallest))
+        p, weights = predictor.weights(features, partial(RULES[args.allocator].weights, args=args))
+    budget, objective = args.prompts_per_step * args.samples_per_prompt, OBJECTIVES[args.objective]
+    counts = of_rank0(allocate_or_leave(weights, budget, objective.smallest_group))
     samples = source.sample_and_grade(candidates, counts, step, with_norms=True)
 
     table = estimate(samples, candidates, args.weighting)
     predictor.learn(features, p, table)
     state.predictor = predictor.learnt
-    served = counts > 0
-    batch = [candidates[i] for i in np.flatnonzero(served)]
+    batch = [problem for problem, count in zip(candidates, counts) if count > 0]
     metrics = describe_step(batch, samples, drawn=samples)
-    right, drawn = table["num_right"][served], table["num_drawn"][served]
-    return batch, samples, metrics | describe_prediction(p[served], right, drawn)
+    right, drawn = table["num_right"], table["num_drawn"]
+    return batch, samples, metrics | describe_prediction(p, right, drawn)
 
 
 def start_predictor(learnt: dict, states: np.ndarray) -> tuple[Predictor, np.ndarray]:

@@ -146,7 +146,10 @@ def describe_pilot(table: dict, even: int, is_variance: bool) -> dict:
 
 
 def describe_prediction(p: np.ndarray, num_right: np.ndarray, num_drawn: np.ndarray) -> dict:
-    """How well p was predicted, (problems,) each. The first is to be compared with accept_rate."""
+    """How well p was predicted, over the problems that were drawn; (problems,) each. The first is
+    to be compared with accept_rate."""
+    was_drawn = num_drawn > 0
+    p, num_right, num_drawn = p[was_drawn], num_right[was_drawn], num_drawn[was_drawn]
     shares = num_right / num_drawn
     varies = len(p) > 1 and p.std() > 0 and shares.std() > 0
     return {

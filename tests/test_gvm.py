@@ -268,7 +268,7 @@ class Stop:
 
 
 def test_how_well_p_is_predicted_by_hand():
-    found = describe_prediction(np.array([0.2, 0.8]), np.array([1, 3]), np.array([2, 4]))
+    found = describe_prediction(np.array([0.2, 0.5, 0.8]), np.array([1, 0, 3]), np.array([2, 0, 4]))
     assert found == {"predicted_accept_rate": pytest.approx((0.2 * 2 + 0.8 * 4) / 6), "prediction_correlation": pytest.approx(1.0)}
     for p, right in (([0.5], [1]), ([0.5, 0.5], [0, 1]), ([0.2, 0.8], [1, 1])):
         assert describe_prediction(np.array(p), np.array(right), np.ones(len(p)))["prediction_correlation"] is None
