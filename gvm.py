@@ -95,8 +95,7 @@ PUBLISHED = "gvm"  # for RAFT and for GRPO
 
 # --- a pilot for several steps -----------------------------------------------------------------
 def problems_ahead(problems: list[Problem], step: int, args) -> tuple[list[Problem], np.ndarray]:
-    """The problems of --e-step-every steps from this one, and the step of each. They end with the
-    epoch, so that no problem comes twice."""
+    """Problems of --e-step-every steps from this one, within the epoch, and the step of each."""
     per_epoch = len(problems) // prompts_looked_at(args)  # steps
     ahead = range(step, step + min(args.e_step_every, per_epoch - (step - 1) % per_epoch))
     found = [problem for later in ahead for problem in problems_of_step(problems, later, args)]
