@@ -37,18 +37,24 @@ def test_speed_and_area_by_hand():
 
 def test_the_rate_is_tuned_by_the_cost_in_tokens_before_anything_is_reported():
     dear = [[step, samples, 2 * tokens, accuracy] for step, samples, tokens, accuracy in CURVE]
-    records = [record(rate=rate, seed=seed, curve=CURVE if rate == 1.5e-4 else dear)
-               for rate in speed.RATES for seed in speed.TUNING_SEEDS]
-    assert speed.tuned_rate(records[:-1], "raft", "published") is None
+
+    def tuning(*rates) -> list[dict]:
+        return [record(rate=rate, seed=seed, curve=CURVE if rate == 1.5e-4 else dear) for rate in rates for seed in speed.TUNING_SEEDS]
+
+    assert speed.tune([], "raft", "published") == ({1.5e-4, 3e-4}, None)
+    assert speed.tune(tuning(1.5e-4, 3e-4), "raft", "published") == ({7.5e-5, 1.5e-4, 3e-4}, None)  # the best is on an edge
+    records = tuning(7.5e-5, 1.5e-4, 3e-4)
+    assert speed.tune(records, "raft", "published") == ({7.5e-5, 1.5e-4, 3e-4}, 1.5e-4)
+    assert speed.tune(records[:-1], "raft", "published")[1] is None
     missing = speed.missing_runs(records[:-1], ["raft"], ["published"])
-    assert [tuple(run.values()) for run in missing] == [("tune", "raft", "published", speed.RATES[-1], speed.TUNING_SEEDS[-1])]
-    assert speed.tuned_rate(records, "raft", "published") == 1.5e-4
+    assert [tuple(run.values()) for run in missing] == [("tune", "raft", "published", 3e-4, speed.TUNING_SEEDS[-1])]
     missing = speed.missing_runs(records, ["raft"], ["published"])
     assert [run["seed"] for run in missing] == list(speed.SEEDS) and {run["rate"] for run in missing} == {1.5e-4}
     assert not set(speed.SEEDS) & set(speed.TUNING_SEEDS)
     done = [record("report", rate=1.5e-4, seed=seed) for seed in speed.SEEDS[:-1]]
     assert len(speed.missing_runs(records + done, ["raft"], ["published"])) == 1
-    assert speed.records_of(records + done + [record("report", rate=3e-4, seed=7)], "report", "raft", "published").keys() == set(speed.SEEDS[:-1])
+    others = [record("report", rate=3e-4, seed=7)]
+    assert speed.records_of(records + done + others, "report", "raft", "published").keys() == set(speed.SEEDS[:-1])
 
 
 @pytest.mark.slow
