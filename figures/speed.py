@@ -1,10 +1,9 @@
 """How much sooner does a method reach an accuracy? On the toy, in tokens, seconds and samples.
 
-    python figures/speed.py run --minutes 60     # what is missing in speed.jsonl: first tuning, then
+    python figures/speed.py run --minutes 60     # what is missing in speed.jsonl, tuning first, then
                                                  # what is reported; again any time
     python figures/speed.py time                 # seconds of a step, with nothing else running
     python figures/speed.py table                # the table of figures/README.md, from the records
-    python figures/speed.py figure               # README's figure, likewise
 
 What is measured was settled before a reported run was made. The cost of a run for an accuracy is
 what it has spent when it first comes there, linear between evaluations; if it never does, all that
@@ -70,6 +69,8 @@ def run(spec: dict, parts=PARTS, eval_samples: int = EVAL_SAMPLES) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         for steps, eval_every in parts:  # the second part resumes the first
+            if spec["stage"] == "tune" and highest(curve_of(out)) >= ACCURACIES[-1]:
+                break  # its costs are known
             words = [sys.executable, ROOT / f"{spec['objective']}.py", *flags(spec), "--out", out,
                      "--resume", "--steps", steps, "--eval-every", eval_every,
                      "--eval-samples", eval_samples, "--save-every", steps, "--keep-samples", 0]
@@ -77,14 +78,23 @@ def run(spec: dict, parts=PARTS, eval_samples: int = EVAL_SAMPLES) -> dict:
                                   check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
             if done.returncode:
                 sys.exit(f"{spec}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        lines = read_rows(out / "log.jsonl")
-    curve = [[line["step"], line["samples"], line["tokens"], line["eval_accuracy"]]
-             for line in lines if "eval_accuracy" in line]
+        record, last = spec | {"curve": curve_of(out)}, read_rows(out / "log.jsonl")[-1]
     if spec["stage"] != "time":
-        return spec | {"curve": curve}
-    last = lines[-1]
+        return record
     seconds = last["seconds"] - last["seconds_eval"] - last["seconds_save"]
-    return spec | {"curve": curve, "seconds_a_step": round(seconds / last["step"], 4)}
+    return record | {"seconds_a_step": round(seconds / last["step"], 4)}
+
+
+def curve_of(out: Path) -> list[list]:
+    """[step, samples, tokens, accuracy] at each evaluation of a run so far."""
+    log = out / "log.jsonl"
+    return [[line["step"], line["samples"], line["tokens"], line["eval_accuracy"]]
+            for line in (read_rows(log) if log.exists() else []) if "eval_accuracy" in line]
+
+
+def highest(curve: list[list]) -> float:
+    """The highest accuracy of a curve, 0 of one without evaluations."""
+    return max((accuracy for *_, accuracy in curve), default=0.0)
 
 
 def missing_runs(records: list[dict], objectives, methods) -> list[dict]:
@@ -177,15 +187,16 @@ def mean_accuracy(curve, most_tokens: float) -> float:
 def table(records: list[dict]) -> str:
     """Markdown: every method at its best setting against uniform, on the seeds that all have."""
     names = ("objective", "method", "rate, pilot, alpha", "thousand tokens to 0.55, 0.58, 0.60",
-             "never", "s a step", "accuracy at the end", "speed in tokens", "in seconds", "in samples",
-             "area at equal tokens")
+             "never", "s a step", "accuracy at the end", "speed in tokens", "in seconds",
+             "in samples", "accuracy at equal tokens, points")
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for objective in ("raft", "grpo"):
         groups = {method: records_of(records, "report", objective, method) for method in METHODS}
         seeds = sorted(set.intersection(*map(set, groups.values())))
         if len(seeds) < 2:
             continue
-        curves = {method: [group[seed]["curve"] for seed in seeds] for method, group in groups.items()}
+        curves = {method: [group[seed]["curve"] for seed in seeds]
+                  for method, group in groups.items()}
         most_tokens = min(curve[-1][TOKENS] for runs in curves.values() for curve in runs)
         for method in METHODS:
             lines.append(row(records, objective, method, curves, most_tokens))
@@ -198,7 +209,7 @@ def row(records: list[dict], objective: str, method: str, curves: dict, most_tok
     setting = f"{tune(records, objective, method)[1]:g}, " + {
         "uniform": "none", "published": f"{SAMPLES_EACH // 2}, 0.001"}.get(method, "none, 0.01")
     costs, ends = run_costs(runs, TOKENS), np.array([curve[-1][ACCURACY] for curve in runs])
-    never = np.mean([[max(a for *_, a in curve) < accuracy for curve in runs]
+    never = np.mean([[highest(curve) < accuracy for curve in runs]
                      for accuracy in ACCURACIES], axis=1)
     seconds = {name: [record["seconds_a_step"] for record in
                       records_of(records, "time", objective, name).values()] for name in METHODS}
@@ -217,7 +228,7 @@ def row(records: list[dict], objective: str, method: str, curves: dict, most_tok
         cells.append("not timed")
     cells.append(with_interval(speed, run_costs(even, SAMPLES), run_costs(runs, SAMPLES)))
     areas = [np.array([mean_accuracy(curve, most_tokens) for curve in x]) for x in (runs, even)]
-    cells.append(with_interval(lambda ours, theirs: 100 * (ours - theirs).mean(), *areas) + " points")
+    cells.append(with_interval(lambda ours, theirs: 100 * (ours - theirs).mean(), *areas))
     return "| " + " | ".join(cells) + " |"
 
 
@@ -257,7 +268,8 @@ def main() -> None:
                 for method in args.methods:
                     _, rate = tune(records(), objective, method)
                     key = ("time", objective, method, rate, seed)
-                    run_and_keep(dict(zip(KEY, key)), parts=((TIMED_STEPS, TIMED_STEPS),), eval_samples=1)
+                    parts = ((TIMED_STEPS, TIMED_STEPS),)
+                    run_and_keep(dict(zip(KEY, key)), parts=parts, eval_samples=1)
     print(table(records()))
 
 
