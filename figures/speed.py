@@ -192,13 +192,14 @@ def table(records: list[dict]) -> str:
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for objective in ("raft", "grpo"):
         groups = {method: records_of(records, "report", objective, method) for method in METHODS}
-        seeds = sorted(set.intersection(*map(set, groups.values())))
+        groups = {method: group for method, group in groups.items() if group}
+        seeds = sorted(set.intersection(*map(set, groups.values()))) if groups else []
         if len(seeds) < 2:
             continue
         curves = {method: [group[seed]["curve"] for seed in seeds]
                   for method, group in groups.items()}
         most_tokens = min(curve[-1][TOKENS] for runs in curves.values() for curve in runs)
-        for method in METHODS:
+        for method in groups:
             lines.append(row(records, objective, method, curves, most_tokens))
     return "\n".join(lines)
 
