@@ -144,6 +144,16 @@ def fill_norms(policy: Policy, samples: list[Sample], max_tokens: int) -> None:
         samples[i].old_logprobs, samples[i].head_grad_norm = logprobs, norm
 
 
+def approximate_norm(sample: Sample) -> float:
+    """sqrt(sum_t (1 - p_t)^2), p_t by the sampler: head_grad_norm but for a factor, without a pass.
+
+    The gradient is sum_t (softmax_t - onehot_t) h_t^T. Of each first factor this takes the entry of
+    the token that was drawn, 1 - p_t; all h_t are taken for equally long, and the terms for
+    orthogonal.
+    """
+    return float(np.sqrt(((1 - np.exp(sample.sampler_logprobs)) ** 2).sum()))
+
+
 def split_rows(logprobs: torch.Tensor, batch: list[Sample]) -> list[np.ndarray]:
     """(tokens,) to (response,) of each sample; copies, or each would keep the whole batch."""
     rows = logprobs.cpu().split([len(sample.response_ids) for sample in batch])

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import numpy as np
 
 from allocator import allocate, gvm_weights, reward_weights, summarise_samples
-from batches import fill_norms, prompt_states
+from batches import approximate_norm, fill_norms, prompt_states
 from data import TRAINING, Problem, Sample, problems_of_step, prompts_looked_at
 from grader import Grader
 from losses import OBJECTIVES
@@ -154,10 +155,10 @@ class SampleSource:
         return samples
 
 
-def estimate(samples: list[Sample], problems: list[Problem], weighting: str) -> dict:
+def estimate(samples, problems, weighting: str, norm_of=attrgetter("head_grad_norm")) -> dict:
     """What samples say of their problems: "id" and the columns of summarise_samples."""
     row_of = {problem.id: row for row, problem in enumerate(problems)}
-    norms = np.array([sample.head_grad_norm for sample in samples])
+    norms = np.array([norm_of(sample) for sample in samples])
     if weighting == "sequence":  # divides a response's loss, and so its gradient, by its length
         norms = norms / np.array([len(sample.response_ids) for sample in samples])
     return {"id": np.array(list(row_of)), **summarise_samples(
@@ -229,9 +230,9 @@ def predicted_step(problems: list[Problem], step: int, state, source: SampleSour
         p, weights = predictor.weights(features, partial(RULES[args.allocator].weights, args=args))
     budget, objective = args.prompts_per_step * args.samples_per_prompt, OBJECTIVES[args.objective]
     counts = of_rank0(allocate_or_leave(weights, budget, objective.smallest_group))
-    samples = source.sample_and_grade(candidates, counts, step, with_norms=True)
+    samples = source.sample_and_grade(candidates, counts, step)
 
-    table = estimate(samples, candidates, args.weighting)
+    table = estimate(samples, candidates, args.weighting, norm_of=approximate_norm)
     predictor.learn(features, p, table)
     state.predictor = predictor.learnt
     batch = [problem for problem, count in zip(candidates, counts) if count > 0]

@@ -12,7 +12,7 @@ import grpo
 import gvm
 import predictor
 from allocator import allocate, gvm_weights, reward_weights
-from batches import prompt_states
+from batches import approximate_norm, prompt_states
 from folder import RunState
 from data import Problem, problems_of_step
 from gvm import SampleSource, e_step, estimate, plan_flags, rows_of_step, settle_budget
@@ -176,15 +176,27 @@ def test_counts_are_the_same_if_the_head_is_scaled(tools, problems):
     scaled = copy.deepcopy(policy.model)
     scaled.lm_head.weight = torch.nn.Parameter(scaled.lm_head.weight / 8)  # no longer tied
     scaled.model.norm.weight.data *= 8
-    counts, norms = [], []
+    counts = []
     for model in (policy.model, scaled):
         each = Policy(model), HfSampler(model, sampler.tokenizer, settled()), grader
         args, state = settled("--candidates-per-step", 32), RunState()
         for step in (1, 2, 3):  # no update: what changes is what is known
             _, samples, _ = e_step(problems, step, state, source_of(each, args), args)
             counts.append([sample.problem for sample in samples])
-        norms.append(samples[0].head_grad_norm)
-    assert counts[:3] == counts[3:] and norms[1] == pytest.approx(8 * norms[0])
+    assert counts[:3] == counts[3:]
+
+
+def test_what_takes_the_place_of_a_norm(tools, problems):
+    """By hand; and on the toy it goes with the norm: nearly in proportion over right samples, roughly over wrong ones."""
+    sample = make_sample(0, 1.0, [1, 2], sampler_logprobs=np.log(np.array([0.4, 0.2], np.float32)))
+    assert approximate_norm(sample) == pytest.approx(np.sqrt(0.6**2 + 0.8**2))
+    assert approximate_norm(make_sample(0, 1.0, [1, 2], sampler_logprobs=np.zeros(2, np.float32))) == 0.0
+    args = settled("--prompts-per-step", 64, "--allocator", "reward", "--pilot-samples", 4)
+    samples = source_of(tools, args).sample_and_grade(problems[:64], [8] * 64, 1, with_norms=True)
+    for kind, least in ((1.0, 0.95), (0.0, 0.6)):
+        logs = np.log([(approximate_norm(s), s.head_grad_norm) for s in samples if s.reward == kind])
+        assert np.corrcoef(logs.T)[0, 1] > least
+        assert np.polyfit(*logs.T, 1)[0] == pytest.approx(1, abs=0.3)  # the slope of a proportion
 
 
 def test_many_states_are_made_fewer_and_who_is_like_whom_is_kept(tools, problems, monkeypatch):
@@ -220,7 +232,7 @@ def test_a_predicted_step_serves_some_of_its_candidates_and_learns(tools, proble
 
 
 def test_states_and_norms_that_are_not_finite_are_counted_and_teach_nothing(tools, problems, monkeypatch):
-    states_of, fill_norms = gvm.prompt_states, gvm.fill_norms
+    states_of, fill_norms, sample_and_grade = gvm.prompt_states, gvm.fill_norms, SampleSource.sample_and_grade
 
     def some_states(*arguments):
         states = states_of(*arguments)
@@ -231,8 +243,15 @@ def test_states_and_norms_that_are_not_finite_are_counted_and_teach_nothing(tool
         fill_norms(policy, samples, max_tokens)
         samples[0].head_grad_norm, samples[-1].sampler_logprobs[0] = np.inf, np.nan
 
+    def some_samples(source, *arguments, **more):
+        samples = sample_and_grade(source, *arguments, **more)
+        if not more:  # of predictions: without norms
+            samples[0].sampler_logprobs[0], samples[-1].sampler_logprobs[0] = -np.inf, np.nan
+        return samples
+
     monkeypatch.setattr(gvm, "prompt_states", some_states)
     monkeypatch.setattr(gvm, "fill_norms", some_norms)
+    monkeypatch.setattr(SampleSource, "sample_and_grade", some_samples)
     for words in (["--candidates-per-step", 16], ["--allocator", "gvm"], ["--allocator", "reward"]):
         args, state = settled("--prompts-per-step", 8, *words), RunState()
         for step in (1, 2, 3):
