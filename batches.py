@@ -97,9 +97,15 @@ def collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tens
     return {name: pad_sequence(row, batch_first=True).to(device) for name, row in rows.items()}
 
 
-def per_token(samples: list[Sample], name: str, device: torch.device) -> torch.Tensor:
-    """An attribute of the samples, one number or (response,) each, as fp32 (tokens,)."""
-    rows = [np.broadcast_to(getattr(s, name), len(s.response_ids)) for s in samples]
+def per_token(samples: list[Sample], name: str, device: torch.device, missing=None) -> torch.Tensor:
+    """An attribute of the samples, one number or (response,) each, as fp32 (tokens,).
+
+    missing: what stands for None; without it every sample must have the attribute.
+    """
+    rows = []
+    for sample in samples:
+        value = getattr(sample, name)
+        rows.append(np.broadcast_to(missing if value is None else value, len(sample.response_ids)))
     return torch.from_numpy(np.concatenate(rows)).to(device, torch.float32)
 
 

@@ -76,7 +76,7 @@ class Sample:
     grader_failed: bool = False  # hung or crashed the grader: counted as wrong
 
     # Log-probs of the response's tokens, float32 (response,); None where not computed.
-    sampler_logprobs: np.ndarray | None = None  # by the sampler, when it drew them
+    sampler_logprobs: np.ndarray | None = None  # by the sampler, if asked
     old_logprobs: np.ndarray | None = None  # by the policy before the step's updates
     ref_logprobs: np.ndarray | None = None  # by the reference of the KL penalty
 

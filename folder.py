@@ -131,7 +131,7 @@ def gap_is_large(gap: float) -> str:
 
 
 def refuse_other_model(gap: float) -> None:
-    """RunError for the sampler_gap of a run's first update that says that the models differ."""
+    """RunError for the gap of a run's first update with one, if it says that the models differ."""
     if gap > LARGE_GAP:
         raise RunError(f"{gap_is_large(gap)}; then --resume")
 

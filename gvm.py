@@ -231,7 +231,6 @@ def predicted_step(problems: list[Problem], step: int, state, source: SampleSour
     budget, objective = args.prompts_per_step * args.samples_per_prompt, OBJECTIVES[args.objective]
     counts = of_rank0(allocate_or_leave(weights, budget, objective.smallest_group))
     samples = source.sample_and_grade(candidates, counts, step)
-
     table = estimate(samples, candidates, args.weighting, norm_of=approximate_norm)
     predictor.learn(features, p, table)
     state.predictor = predictor.learnt

@@ -36,7 +36,8 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
         help="raft++: ratio <= 1 + this, if A > 0")
     add("--kl-coef", type=number(float, 0, 1000), default=0.0, help="of KL to the initial model")
     add("--truncated-is", type=number(float, 1, 10**6), metavar="C",
-        help="weigh tokens by min(pi_old / sampler's pi, C); for a sampler_gap above 0.01")
+        help="weigh tokens by min(pi_old / sampler's pi, C); for a sampler_gap above 0.01. "
+        "vllm then tells the log-prob of every token, which takes it longer")
     add("--mask-truncated", action="store_true", help="no loss on responses that were cut; they "
         "still count in their group's mean reward and size, and so in the others' advantages")
 

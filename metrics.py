@@ -125,8 +125,8 @@ def describe_step(problems: list[Problem], samples: list[Sample], drawn: list[Sa
 
 def is_finite(sample: Sample) -> bool:
     """Whether the policy that drew a sample was not NaN or infinite there."""
-    numbers = sample.sampler_logprobs, sample.head_grad_norm
-    return all(np.isfinite(number).all() for number in numbers)
+    logprobs = sample.sampler_logprobs
+    return np.isfinite(sample.head_grad_norm) and (logprobs is None or np.isfinite(logprobs).all())
 
 
 def describe_pilot(table: dict, even: int, is_variance: bool) -> dict:

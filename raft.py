@@ -169,23 +169,22 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
 
 
 # --- the updates ---------------------------------------------------------------------------------
-MEANS = ("loss", "clip_fraction", "kl", "sampler_gap")  # what an update adds up over tokens
-
-
 def train_step(learner, optimizer, updates: list[list[Sample]], args, is_first=False) -> dict:
     """The updates of a step; returns metrics for the log, means over those that were made.
 
-    is_first: the run has made no update yet.
+    is_first: the run has made no update yet. sampler_gap: over tokens whose sampler_logprobs are
+    known, None without any.
     """
     sums = Counter()  # a name that is missing counts 0
     for i, samples in enumerate(updates):
-        check_gap = is_first and sums["updates"] == 0 and args.truncated_is is None
+        check_gap = is_first and not sums["compared"] and args.truncated_is is None
         sums.update(optimizer_step(learner, optimizer, samples, args, i == 0, check_gap))
     if args.fsdp:  # DDP's gradients stay: they are views of its buckets
         optimizer.zero_grad()
-    for name in (*MEANS, "grad_norm"):
+    for name in ("loss", "kl", "clip_fraction", "grad_norm"):
         sums[name] = sums[name] / sums["updates"] if sums["updates"] else None
-    return dict(sums)
+    gaps, compared = sums.pop("gaps", 0.0), sums.pop("compared", 0)
+    return dict(sums) | {"sampler_gap": gaps / compared if compared else None}
 
 
 def optimizer_step(learner, optimizer, samples: list[Sample], args, on_policy: bool,
@@ -193,12 +192,12 @@ def optimizer_step(learner, optimizer, samples: list[Sample], args, on_policy: b
     """One optimizer step on the samples of an update; returns what train_step adds up.
 
     on_policy: no update of the step has changed the policy yet. check_gap: raise RunError, before
-    the policy changes, if the sampler has another model.
+    the policy changes, if the sampler has another model. gaps: a sum over `compared` tokens.
     """
     if not samples:
         return {"updates_empty": 1}  # on a gradient of 0 AdamW would still move
     ranks, num_tokens = dist.get_world_size(), sum(len(s.response_ids) for s in samples)
-    totals = torch.zeros(len(MEANS), dtype=torch.float64)
+    totals = torch.zeros(5, dtype=torch.float64)  # of micro_batch_loss
     learner.train()
     optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets: keep them
     batches = list(micro_batches_here(samples, args.tokens_per_micro_batch))
@@ -213,20 +212,21 @@ def optimizer_step(learner, optimizer, samples: list[Sample], args, on_policy: b
     norm = gather_tensor(torch.nn.utils.clip_grad_norm_(learner.parameters(), args.grad_clip))
     if not torch.isfinite(norm):
         return {"updates_not_finite": 1}
-    totals[1:] /= num_tokens  # the loss is a sum already
-    means = dict(zip(MEANS, totals.tolist()))
-    if check_gap:
-        run.on_every_rank(refuse_other_model, means["sampler_gap"])
+    loss, clipped, kl, gaps, compared = totals.tolist()
+    if check_gap and compared:
+        run.on_every_rank(refuse_other_model, gaps / compared)
     optimizer.step()
-    return {"updates": 1, "grad_norm": norm.item()} | means
+    return {"updates": 1, "grad_norm": norm.item(), "loss": loss, "kl": kl / num_tokens,
+            "clip_fraction": clipped / num_tokens, "gaps": gaps, "compared": compared}
 
 
 def micro_batch_loss(learner, batch: list[Sample], args, on_policy: bool) -> torch.Tensor:
-    """Sums over tokens, (4,), as in MEANS. The first: sum_j w_j sum_t (loss_jt + kl_coef KL_jt)."""
+    """Sums over tokens, (5,): the loss, w_j (loss_jt + kl_coef KL_jt); clipped ones; KL; gaps to
+    the sampler's log-probs; tokens that have these."""
     device = learner.device
     logprobs = learner(**collate(batch, device))  # (tokens,), like all that follow
     old_logprobs = logprobs.detach() if on_policy else per_token(batch, "old_logprobs", device)
-    gaps = old_logprobs - per_token(batch, "sampler_logprobs", device)
+    gaps = old_logprobs - per_token(batch, "sampler_logprobs", device, missing=np.nan)
     advantages = per_token(batch, "advantage", device)
     weights = per_token(batch, "loss_weight", device)
     if args.truncated_is is not None:  # the samples come from a slightly different policy
@@ -236,7 +236,8 @@ def micro_batch_loss(learner, batch: list[Sample], args, on_policy: bool) -> tor
     if args.kl_coef > 0:
         kl = kl_k3(logprobs, per_token(batch, "ref_logprobs", device))
     loss = weights * (losses + args.kl_coef * kl)
-    return torch.stack([loss.sum(), clipped.sum(), kl.detach().sum(), gaps.abs().sum()])
+    return torch.stack([loss.sum(), clipped.sum(), kl.detach().sum(), gaps.abs().nansum(),
+                        (~gaps.isnan()).sum()])
 
 
 def main(argv=None) -> None:

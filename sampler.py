@@ -75,7 +75,7 @@ class Response(NamedTuple):
     """What a sampler returns for a prompt and a seed."""
 
     ids: np.ndarray  # int32 (response,), the end-of-sequence token included
-    logprobs: np.ndarray  # float32 (response,), at the temperature of the draw
+    logprobs: np.ndarray | None  # float32 (response,), at the temperature of the draw, if asked for
     finished: bool  # False: cut at --max-response-tokens
 
 
@@ -151,6 +151,9 @@ class VllmSampler:
         self.model, self.tokenizer = model, tokenizer
         self.end_ids = model.generation_config.eos_token_id
         self.max_tokens, on_cuda = args.max_response_tokens, model.device.type == "cuda"
+        # Flags that need the log-probs of all samples; eval.py has none of them.
+        self.all_logprobs = any(vars(args).get(name) is not None
+                                for name in ("truncated_is", "candidates_per_step"))
         # A decoding step reads all weights, for however many sequences.
         self.batch_size = args.sampler_batch_size or (1024 if on_cuda else 256)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -201,7 +204,9 @@ class VllmSampler:
             temperature=temperature, max_tokens=self.max_tokens, detokenize=False,
             seed=seed // 2,  # vLLM's are signed
             stop_token_ids=self.end_ids, ignore_eos=True,  # EOS is among the stop tokens
-            logprobs=0,  # of the sampled token only
+            # Of the sampled token only: 0 others. They are a quarter of vLLM's Python for a token.
+            # One sample in eight will do for sampler_gap; its seed says which, on any rank.
+            logprobs=0 if self.all_logprobs or seed % 8 == 0 else None,
         ) for seed in seeds]
         shows_bar = dist.get_rank() == 0 and len(requests) > 1000  # it takes long
         results = self.llm.generate(requests, params, use_tqdm=shows_bar)
@@ -211,8 +216,10 @@ class VllmSampler:
 
 def _response(output) -> Response:
     """From one of vLLM's outputs."""
-    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs)]
-    ids, logprobs = np.array(output.token_ids, np.int32), np.array(logprobs, np.float32)
+    ids, logprobs = np.array(output.token_ids, np.int32), None
+    if output.logprobs is not None:
+        rows = zip(output.token_ids, output.logprobs)
+        logprobs = np.array([entry[token].logprob for token, entry in rows], np.float32)
     return Response(ids, logprobs, finished=output.finish_reason == "stop")
 
 

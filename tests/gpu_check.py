@@ -224,7 +224,7 @@ def raft_as_a_process(device, options) -> list[Row]:
         for more in (["--steps", "2"], ["--steps", "4", "--resume"]):
             subprocess.run([*command, *more], check=True, stdout=sys.stderr, timeout=240)
         log = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
-    steps, gap = [line["step"] for line in log], max(line["sampler_gap"] for line in log[1:])
+    steps, gap = [line["step"] for line in log], max(line["sampler_gap"] or 0.0 for line in log[1:])
     kl = log[1]["kl"]  # before the first update the policy is the reference
     return [Row(f"raft.py as a process, sampler {sampler}: steps in its log", str(steps), "[0, 1, 2, 3, 4]",
                 steps == [0, 1, 2, 3, 4]),

@@ -37,7 +37,8 @@ def vllm_draws(device, options) -> list[Row]:
     if is_missing():
         return [not_run("vllm sampler", "vllm")]
     with redirect_stdout(sys.stderr):
-        _, sampler, _, samples = toy(device, flags("--vllm-memory", 0.3), 512, VllmSampler)
+        # With --truncated-is every sample has the sampler's log-probs.
+        _, sampler, _, samples = toy(device, flags("--vllm-memory", 0.3, "--truncated-is", 2), 512, VllmSampler)
     start, prompts = time.perf_counter(), [sample.prompt_ids for sample in samples]
     drawn = sum(len(ids) for ids, *_ in sampler(prompts, list(range(len(prompts))), 1.0))
     speed, free = drawn / (time.perf_counter() - start), [free_memory(device)]
@@ -97,7 +98,7 @@ def vllm_at_scale(device, options, tied: bool) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         config.architectures = [type(policy.model).__name__]
         config.save_pretrained(folder)
-        args.model, args.vllm_memory = folder, 0.4
+        args.model, args.vllm_memory, args.truncated_is = folder, 0.4, 2.0  # for every sample's log-probs
         sampler = VllmSampler(policy.model, None, args)
     name, rng = f"vllm, {'tied' if tied else 'untied'} head", np.random.default_rng(0)
     prompts = [rng.integers(3, config.vocab_size, 50).tolist() for _ in range(32)]
@@ -150,7 +151,7 @@ def vllm_of_two(device, options) -> list[Row]:
     if is_missing():
         return [not_run("vllm with FSDP2 on two ranks", "vllm")]
     with redirect_stdout(sys.stderr):
-        args = flags("--vllm-memory", 0.3)
+        args = flags("--vllm-memory", 0.3, "--truncated-is", 2)
         model, tokenizer = load_model(args, device)
         policy = Policy(model)
         distribute(policy, shard=True)

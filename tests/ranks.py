@@ -37,6 +37,8 @@ def toy_samples(tokenizer) -> list:
         response = tokenizer.encode(chains[i % 5]) + [tokenizer.eos_token_id]
         prompt = tokenizer.encode("<|user|>4+3" + "+1" * (i % 4) + "<|assistant|>")
         samples.append(make_sample(i % 7, float(i % 3 > 0 and i % 7 != 3), response, prompt))
+        if i % 4 > 1:  # the sampler was not asked
+            samples[-1].sampler_logprobs = None
     return samples
 
 

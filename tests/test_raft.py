@@ -224,9 +224,37 @@ def test_the_first_update_needs_no_scoring(device, words):
         metrics = optimizer_step(distribute(policy), torch.optim.SGD(policy.parameters(), lr=0.1), samples, flags(*words),
                                  on_policy=not scored)
         found.append(metrics | {name: p.detach().clone() for name, p in policy.named_parameters()})
-    assert found[0]["sampler_gap"] > 1
+    assert found[0]["gaps"] > found[0]["compared"] == 9
     for name, value in found[0].items():
         assert np.allclose(value, found[1][name], rtol=1e-4, atol=1e-5), name
+
+
+def test_samples_whose_log_probs_the_sampler_did_not_tell_are_left_out_of_the_gap_alone(device):
+    """Three samples of 1, 2 and 3 tokens, off by 0.1, 0.2 and 0.3, in two micro-batches."""
+    problems = [Problem(i, "", "") for i in range(3)]
+
+    def metrics_of(told) -> dict:
+        policy, args = Policy(load_model(flags(), device)[0]), flags("--tokens-per-micro-batch", 10)
+        samples = [make_sample(i, 1.0, [9] * (i + 1)) for i in range(3)]
+        fill_logprobs(policy, samples, 100, into="old_logprobs")
+        for i, sample in enumerate(samples):
+            sample.sampler_logprobs = sample.old_logprobs - 0.1 * (i + 1) if i in told else None
+        return m_step(distribute(policy), torch.optim.SGD(policy.parameters(), lr=0.1), problems, samples, args)
+
+    gaps = {(0, 1, 2): 1.4 / 6, (0, 2): 1.0 / 4, (): None}
+    whole, part, none = found = [metrics_of(told) for told in gaps]
+    assert [metrics.pop("sampler_gap") for metrics in found] == [pytest.approx(gap, abs=1e-5) for gap in gaps.values()]
+    assert whole == part == none and whole["updates"] == 1
+
+
+def test_another_model_is_refused_at_the_first_update_with_a_gap(small):
+    policy, ddp_policy, optimizer, before = small
+    updates = [[make_sample(i, 1.0, [9, 9], advantage=1.0, loss_weight=1.0, sampler_logprobs=None)] for i in range(2)]
+    assert train_step(ddp_policy, optimizer, updates[:1], flags(), is_first=True)["sampler_gap"] is None
+    updates[1][0].old_logprobs, updates[1][0].sampler_logprobs = np.full(2, -1.0), np.full(2, -1.2)
+    with pytest.raises(RunError, match="off by 0.2 nats a token"):
+        train_step(ddp_policy, optimizer, updates, flags(), is_first=True)
+    assert train_step(ddp_policy, optimizer, updates, flags())["sampler_gap"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(("loss", "cap"), [("raft++", None), ("raft++", 2.0), ("raft", 1.5)])

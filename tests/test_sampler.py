@@ -12,11 +12,11 @@ import torch
 from conftest import flags, make_sample, run_script
 
 from data import Problem, encode_prompt, load_prompts, problems_of_step
-from metrics import describe_step
+from metrics import describe_step, is_finite
 from pretrained import load_model
 from run import InputError, RunError
 from batches import cut_in_pieces
-from sampler import SAMPLERS, HfSampler, VllmSampler, draw, gumbel_max, make_sampler
+from sampler import SAMPLERS, HfSampler, VllmSampler, _seed, draw, gumbel_max, make_sampler
 
 
 def generators(number: int) -> list[torch.Generator]:
@@ -168,24 +168,26 @@ class EngineOnCuda:
         """One end token to each."""
         self.params = params
         self.calls.append([(request["prompt_token_ids"], param.seed) for request, param in zip(requests, params)])
-        output = SimpleNamespace(token_ids=[1], logprobs=[{1: SimpleNamespace(logprob=-0.5)}], finish_reason="stop")
-        return [SimpleNamespace(outputs=[output])] * len(requests)
+        told = [{1: SimpleNamespace(logprob=-0.5)}]
+        outputs = [SimpleNamespace(token_ids=[1], logprobs=None if param.logprobs is None else told, finish_reason="stop")
+                   for param in params]
+        return [SimpleNamespace(outputs=[output]) for output in outputs]
 
 
-def sampler_on_cuda(model, tokenizer, monkeypatch) -> VllmSampler:
+def sampler_on_cuda(model, tokenizer, monkeypatch, *words) -> VllmSampler:
     """One that takes itself to be on CUDA."""
     monkeypatch.setattr(atexit, "register", lambda *_: None)
     known = SimpleNamespace(generation_config=model.generation_config, named_parameters=model.named_parameters,
                             device=torch.device("cuda"))
-    return VllmSampler(known, tokenizer, flags())
+    return VllmSampler(known, tokenizer, flags(*words))
 
 
 @pytest.fixture
 def on_cuda(device, model_and_tokenizer, monkeypatch):
-    """Such a sampler, where vLLM is installed or not."""
+    """Such a sampler, where vLLM is installed or not, with --truncated-is."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=EngineOnCuda, SamplingParams=SimpleNamespace))
     monkeypatch.setitem(sys.modules, "vllm._custom_ops", SimpleNamespace())
-    return sampler_on_cuda(*model_and_tokenizer, monkeypatch)
+    return sampler_on_cuda(*model_and_tokenizer, monkeypatch, "--truncated-is", 2)
 
 
 def test_on_cuda_too_each_request_has_its_own_seed(on_cuda):
@@ -197,6 +199,18 @@ def test_on_cuda_too_each_request_has_its_own_seed(on_cuda):
         [([5, 6], 1), ([5, 6], 2**63 - 1), ([7], 4)], ("sleep",)]
     settings = on_cuda.llm.settings  # none of them differs from rank to rank
     assert settings["max_num_seqs"] == 1024 and settings["enable_sleep_mode"] and "seed" not in settings
+
+
+def test_one_sample_in_eight_has_log_probs_by_its_seed_or_all_where_they_are_used(on_cuda, model_and_tokenizer, monkeypatch):
+    seeds = [_seed(0, 0, 1, problem, index) for problem in range(100) for index in range(8)]
+    predicts = sampler_on_cuda(*model_and_tokenizer, monkeypatch, "--candidates-per-step", 64)
+    for sampler in (on_cuda, predicts):  # --truncated-is, and predictions, which learn G from them
+        assert all(response.logprobs == [-0.5] for response in sampler([[5]] * 800, seeds, 1.0))
+    sampler = sampler_on_cuda(*model_and_tokenizer, monkeypatch)
+    told = [response.logprobs == [-0.5] for response in sampler([[5]] * 800, seeds, 1.0) if response.logprobs is not None]
+    assert all(told) and 70 < len(told) < 130
+    one, other = sampler([[5]] * 800, seeds, 1.0), sampler([[5]] * 400, seeds[400:], 1.0)  # whoever draws them
+    assert [r.logprobs is None for r in one[400:]] == [r.logprobs is None for r in other]
 
 
 def test_an_engine_that_keeps_old_keys_and_values_ends_the_run(on_cuda, monkeypatch):
@@ -266,6 +280,12 @@ def test_describe_by_hand():
         names = ("never", "sometimes", "always")
         assert [metrics[f"budget_{name}"] for name in names] == pytest.approx([1 / 6, 3 / 6, 2 / 6])
         assert [metrics[f"prompts_{name}"] for name in names] == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+
+
+def test_a_sample_without_the_sampler_s_log_probs_is_finite_if_its_norm_is():
+    samples = [make_sample(0, 1.0, [1], sampler_logprobs=told, head_grad_norm=norm)
+               for told in (None, np.array([-1.0]), np.array([np.nan])) for norm in (1.0, np.inf)]
+    assert [is_finite(sample) for sample in samples] == [True, False, True, False, False, False]
 
 
 def test_a_step_of_a_plan_may_get_no_samples():

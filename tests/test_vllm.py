@@ -44,6 +44,12 @@ def test_prompts_of_more_tokens_than_a_batch_are_drawn_as_any_other(facts):
     assert facts[1]["prompt tokens"] > 8192 and crowd == alone and facts[1]["gap in a crowd"] < 1e-4
 
 
+def test_log_probs_of_one_sample_in_eight_change_no_text(facts):
+    whole, part = facts[1]["texts"]
+    assert whole == part == facts[2]["texts"][1]
+    assert facts[1]["told"] == facts[2]["told"] and 3 < sum(facts[1]["told"]) < 18
+
+
 def test_seeds_reach_the_sampling_of_cuda_s_engine(device, model_and_tokenizer, monkeypatch):
     import vllm
     from vllm.v1.worker.gpu import buffer_utils
@@ -61,7 +67,7 @@ def test_seeds_reach_the_sampling_of_cuda_s_engine(device, model_and_tokenizer, 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_sampler_s_log_probs_are_the_trainer_s(facts, ranks):
     gaps = {name: value for name, value in facts[ranks].items() if "gap" in name}
-    for name in ("gap", "gap after a step", "long gap", "long gap with reset"):
+    for name in ("gap", "gap of an eighth", "gap after a step", "long gap", "long gap with reset"):
         assert gaps[name] < 1e-4
     assert gaps["gap without sync"] > 0.1 and gaps["long gap without reset"] > 0.01
 

@@ -24,7 +24,8 @@ def main() -> None:
     """Run the named part on this rank."""
     part, out = sys.argv[1:]
     device = join_ranks()
-    args = flags("--sampler", "vllm", "--max-prompt-tokens", 320, "--temperature", 0.8, "--loss", "raft")
+    args = flags("--sampler", "vllm", "--max-prompt-tokens", 320, "--temperature", 0.8, "--loss", "raft",
+                 "--truncated-is", 2)  # every sample has the sampler's log-probs
     model, tokenizer = load_model(args, device)
     policy, sampler = Policy(model, args.temperature), make_sampler(model, tokenizer, args)
     problems = load_prompts(args.data, args.split, tokenizer, args, 9, training=True)
@@ -58,6 +59,11 @@ def main() -> None:
         facts = {"samples": [[s.problem, s.index, s.response_ids.tolist(), s.finished, s.reward] for s in first],
                  "greedy": [greedy(sampler), greedy(HfSampler(model, tokenizer, args))],
                  "alone": sample(problems[7:8], [1], 1)[0].response_ids.tolist(), "gap": gap(first)}
+        whole, sampler.all_logprobs = sample(problems, [8] * 9, 1), False
+        part, sampler.all_logprobs = sample(problems, [8] * 9, 1), True
+        facts |= {"texts": [[s.response_ids.tolist() for s in drawn] for drawn in (whole, part)],
+                  "told": [s.sampler_logprobs is not None for s in part],
+                  "gap of an eighth": gap([s for s in part if s.sampler_logprobs is not None])}
         crowd = sample(many, [1] * len(many), 1)
         facts |= {"prompt tokens": sum(len(s.prompt_ids) for s in crowd), "gap in a crowd": gap(crowd),
                   "last of a crowd": [crowd[-1].response_ids.tolist(), sample(many[-1:], [1], 1)[0].response_ids.tolist()]}
