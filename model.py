@@ -25,9 +25,11 @@ class _EnoughLayers(Exception):
 
 
 def decoder_layers(model) -> list[nn.Module]:
-    """The layers of a transformers model, first to last."""
+    """The layers of a transformers model, first to last; by name, or by that of a class above it,
+    since fully_shard gives a layer a class of its own."""
+    names = set(model._no_split_modules)
     return [module for module in model.modules()
-            if type(module).__name__ in model._no_split_modules]
+            if names & {kind.__name__ for kind in type(module).__mro__}]
 
 
 class Policy(nn.Module):
