@@ -9,7 +9,7 @@ phase, and the operations between them another, since one waits for the other: t
 counted on fake ones. Grading, saving, padding and waiting for the slowest rank are not counted.
 
 vLLM schedules a token in about 18 us of Python (measured on a CPU with an engine that computes nothing): --ktokens 55.
-With --truncated-is it is asked for the log-prob of every token: 24 us, --ktokens 42.
+With --truncated-is or --candidates-per-step it is asked for the log-prob of every token: 24 us, --ktokens 42.
 
 A GPU's share of each phase. P: parameters; B: those of the layers; V H: vocabulary times hidden, the head; A: heads
 times their size; L: layers. A multiplication and its addition are two operations.
@@ -89,9 +89,7 @@ def body_traffic(config_json: str, **how) -> tuple[float, float]:
 
 
 def scored_share(args) -> float:
-    """The share of a step's samples whose gradient norms are computed: from which a pilot or a regression learns."""
-    if args.candidates_per_step is not None:
-        return 1.0
+    """The share of a step's samples whose gradient norms are computed: a pilot's that is a part of them."""
     return args.pilot_samples / args.samples_per_prompt if args.e_step_every == 1 else 0.0
 
 
@@ -167,6 +165,8 @@ def scoring_costs(config, args) -> tuple[Cost, Cost]:
     later = 1 - 1 / args.updates_per_step
     plain = own * args.trained_share * ((1 - scored_share(args)) * later + (args.kl_coef > 0))
     candidates = (args.candidates_per_step or 0) / args.gpus  # whose prompts a prediction reads
+    layers = config.get_text_config().num_hidden_layers
+    candidates *= (layers + 1) // 2 / layers  # by half of the layers
     read = candidates * (2 * body * prompt + 2 * attention * prompt**2)
     tokens = (with_norms + plain) * (prompt + response) + candidates * prompt
     passes, vocabulary = tokens / args.tokens_per_micro_batch, config.get_text_config().vocab_size
