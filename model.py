@@ -94,11 +94,11 @@ class Policy(nn.Module):
 
     def _middle_states(self, input_ids):  # (batch, time, hidden)
         """After half of the layers, where the pass is stopped. The others turn to the next token,
-        which after a prompt is always the same, and lose sight of what the prompt is about."""
+        which after a prompt is always the same: they tell less of it (figures/README.md)."""
         found, layers = [], decoder_layers(self.model)
 
         def keep_and_stop(layer, inputs, output):
-            found.append(output)
+            found.append(output[0] if isinstance(output, tuple) else output)  # as in older models
             raise _EnoughLayers
 
         with layers[(len(layers) - 1) // 2].register_forward_hook(keep_and_stop):

@@ -38,32 +38,33 @@ def first_precision(size: int) -> np.ndarray:
     """Of a regression's coefficients before any sample, (size, size); the last is the intercept.
 
     Features are standardised: a precision of (size - 1) / SPREAD^2 for each of the others makes the
-    predictions of prompts differ by SPREAD. The data set the intercept: it has the weight of a
-    single sample with p = 1/2, whose curvature is p q = 1/4.
+    predictions of prompts differ by SPREAD. The intercept is left to the data: its prior weighs as
+    much as one sample with p = 1/2, whose curvature is p q = 1/4.
     """
     return np.diag([(size - 1) / SPREAD**2] * (size - 1) + [0.25])
 
 
-def regress(belief: tuple, features, targets, num_drawn, is_share: bool) -> tuple:
+def regress(belief: tuple, features, targets, weights, is_share: bool) -> tuple:
     """One step of an online regression; returns the new belief about its coefficients.
 
     The model is E[target] = features @ c, or for shares logistic(features @ c). belief: c is
     Gaussian, (mean, precision). A little faded, it is the prior for what was seen now.
-    features: (prompts, features). targets: (prompts,), each with a weight of num_drawn.
+    features: (prompts, features). targets: (prompts,). weights: how much each counts, for shares
+    the number of samples behind it.
     """
     prior_mean, prior = belief
     prior = FORGET * prior + (1 - FORGET) * first_precision(len(prior_mean))
 
     def loss(c: np.ndarray) -> float:  # of shares: -ln of the posterior of c, but for a constant
         x, change = features @ c, c - prior_mean
-        return num_drawn @ (np.logaddexp(0, x) - targets * x) + change @ prior @ change / 2
+        return weights @ (np.logaddexp(0, x) - targets * x) + change @ prior @ change / 2
 
     mean = prior_mean
     for _ in range(4):  # Newton's steps to the likeliest c
         expected = logistic(features @ mean) if is_share else features @ mean
         slope = expected * (1 - expected) if is_share else 1.0
-        gradient = features.T @ (num_drawn * (targets - expected)) - prior @ (mean - prior_mean)
-        precision = (features.T * (num_drawn * slope)) @ features + prior
+        gradient = features.T @ (weights * (targets - expected)) - prior @ (mean - prior_mean)
+        precision = (features.T * (weights * slope)) @ features + prior
         step = np.linalg.solve(precision, gradient)
         while is_share and loss(mean + step) > loss(mean) + 1e-6:  # it went too far
             step = step / 2
@@ -74,8 +75,9 @@ def regress(belief: tuple, features, targets, num_drawn, is_share: bool) -> tupl
 def betas(mu: np.ndarray) -> np.ndarray:
     """Beta(kappa mu, kappa (1 - mu)) for each kappa, on the grid: (strengths, prompts, grid).
 
-    Its density in log-odds is p^a q^b (in p it would be p^(a-1) q^(b-1)). mu is kept away from 0
-    and 1, so that a prediction never rules a prompt out for good.
+    Its density in log-odds is p^a q^b (in p it would be p^(a-1) q^(b-1)). Where kappa mu is small
+    the grid cuts a tail off, and the mean is above mu: 0.25 with kappa = 1/4 and mu = 0.005, and
+    0.01 with 16. So a prompt has hardly ever no weight, as long as predictions are not trusted.
     """
     mu = mu.clip(0.005, 0.995)
     a, b = (STRENGTHS[:, None, None] * share[:, None] for share in (mu, 1 - mu))
@@ -98,7 +100,8 @@ class Predictor:
     """Predicts p, G+ and G-, and learns from what is then drawn.
 
     learnt: all that it has learnt, arrays by name, in a form that JSON can keep as lists: {} at
-    first, or another predictor's `learnt`. The first call of `features` needs several prompts.
+    first, or another predictor's `learnt`. The first call of `features` sets the scale of states:
+    it needs many prompts, sixteen or more.
     """
 
     def __init__(self, learnt: dict):
@@ -167,9 +170,9 @@ class Predictor:
         for name in LOGARITHMS:
             is_seen = table[name] > 0
             targets_of[name] = np.log(np.where(is_seen, table[name], 1.0)), is_seen
-        for name, (targets, num_drawn) in targets_of.items():
+        for name, (targets, target_weights) in targets_of.items():
             belief = known[f"{name}_mean"], known[f"{name}_precision"]
-            belief = regress(belief, features, targets, num_drawn, is_share=name == "p")
+            belief = regress(belief, features, targets, target_weights, is_share=name == "p")
             known[f"{name}_mean"], known[f"{name}_precision"] = belief
 
 

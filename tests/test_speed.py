@@ -20,7 +20,9 @@ def record(stage="tune", method="published", rate=3e-4, seed=100, curve=CURVE) -
 def test_what_a_run_costs_by_hand():
     assert speed.run_cost(CURVE, speed.TOKENS, 0.55) == pytest.approx(1500)
     assert speed.run_cost(CURVE, speed.SAMPLES, 0.55) == pytest.approx(150)
-    assert speed.run_cost(CURVE, speed.TOKENS, 0.61) == 3000  # never: all that it spent
+    assert speed.run_cost(CURVE, speed.TOKENS, 0.61) == speed.BUDGET[speed.TOKENS]  # never
+    late = [[step, samples, 100 * tokens, accuracy] for step, samples, tokens, accuracy in CURVE]
+    assert speed.run_cost(late, speed.TOKENS, 0.6) == speed.BUDGET[speed.TOKENS]  # after it has spent 200 thousand
     assert speed.run_cost(CURVE, speed.STEP, 0.5) == pytest.approx(5)
     costs = speed.run_costs([CURVE, CURVE], speed.TOKENS)
     assert costs == pytest.approx(np.array([[1500, 1800, 2000]] * 2))
@@ -32,7 +34,8 @@ def test_speed_and_area_by_hand():
     assert speed.with_interval(speed.speed, ours, ours) == "1.00 (1.00 to 1.00)"
     paired = speed.with_interval(speed.speed, even, even / 2)  # each pair says 2, however its runs differ
     assert paired == "2.00 (2.00 to 2.00)"
-    assert speed.mean_accuracy(CURVE, 2000) == pytest.approx(0.5) and speed.mean_accuracy(CURVE, 1000) == pytest.approx(0.45)
+    line = [[0, 0, 0, 0.4], [1, 0, speed.BUDGET[speed.TOKENS], 0.6], [2, 0, 10**6, 0.9]]
+    assert speed.mean_accuracy(line) == pytest.approx(0.5) and speed.points_above(np.array([0.5, 0.5]), np.array([0.6, 0.5])) == pytest.approx(5)
 
 
 def test_the_rate_is_tuned_by_the_cost_in_tokens_before_anything_is_reported():
@@ -55,6 +58,23 @@ def test_the_rate_is_tuned_by_the_cost_in_tokens_before_anything_is_reported():
     assert len(speed.missing_runs(records + done, ["raft"], ["published"])) == 1
     others = [record("report", rate=3e-4, seed=7)]
     assert speed.records_of(records + done + others, "report", "raft", "published").keys() == set(speed.SEEDS[:-1])
+
+
+def test_a_row_of_the_table_by_hand():
+    """Twice the tokens of CURVE's runs in half of the steps, each of which takes three times as long."""
+    dear = [[step / 2, samples / 2, 2 * tokens, accuracy] for step, samples, tokens, accuracy in CURVE]
+    records = []
+    for method, curve, seconds in (("uniform", CURVE, 0.1), ("published", dear, 0.3)):
+        records += [record(method=method, rate=rate, seed=seed, curve=curve if rate == 3e-4 else CURVE[:1])
+                    for rate in (1.5e-4, 3e-4, 6e-4) for seed in speed.TUNING_SEEDS]
+        records += [record("report", method, seed=seed, curve=curve) for seed in (400, 401)]
+        records.append(record("time", method) | {"seconds_a_step": seconds})
+    uniform, published = speed.table(records).splitlines()[2:]
+    assert uniform == "| raft | uniform, 2 seeds | 0.0003, none | 2, 2, 2 | 0%, 0%, 0% | 0.100 | 0.500 |  |  |  |  |"
+    cells = published.split(" | ")
+    assert cells[2:7] == ["0.0003, 2, 0.001", "3, 4, 4", "0%, 0%, 0%", "0.300", "0.500"]
+    assert [cell.split()[0] for cell in cells[7:10]] == ["0.50", "0.67", "2.00"]  # in tokens, seconds, samples
+    assert speed.table(records[: len(records) // 2]).count("uniform") == 1 and speed.table([]).count("\n") == 1
 
 
 @pytest.mark.slow

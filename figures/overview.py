@@ -1,0 +1,80 @@
+"""README's figure, from the records of speed.py and real_gradient.py.
+
+    python figures/overview.py                              # draws overview.png; needs matplotlib
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
+
+import real_gradient  # noqa: E402 (both lie in this folder)
+import speed  # noqa: E402
+
+from files import read_rows  # noqa: E402
+
+STYLES = {  # of the toy's curves: (label, how it is drawn)
+    "uniform": ("uniform", {"color": "black", "linestyle": ":", "marker": "o"}),
+    "published": ("GVM as published", {"color": "grey", "linestyle": "--", "marker": "^"}),
+    "wider pool": ("p predicted, 64 candidates", {"color": "black", "linestyle": "-", "marker": "D"}),
+}
+WAYS = {  # of the real model's gradient: names in the records, and in the figure
+    "published": "GVM as\npublished",
+    "predicted": "p predicted,\n16 candidates",
+    "wider pool": "p predicted,\n64 candidates",
+    "known, wider pool": "p known,\n64 candidates",
+}
+
+
+def draw_curves(axes, records: list[dict], objective: str) -> None:
+    """Accuracy against tokens, mean and 95 % interval over the seeds that all methods have."""
+    groups = {method: speed.records_of(records, "report", objective, method) for method in STYLES}
+    seeds = sorted(set.intersection(*map(set, groups.values())))
+    for method, (label, style) in STYLES.items():
+        curves = np.array([groups[method][seed]["curve"] for seed in seeds])
+        tokens, accuracy = curves[..., speed.TOKENS].mean(axis=0) / 1000, curves[..., speed.ACCURACY]
+        half = 1.96 * accuracy.std(axis=0, ddof=1) / np.sqrt(len(seeds))
+        axes.errorbar(tokens, accuracy.mean(axis=0), half, label=label, capsize=2, linewidth=1.2,
+                      markersize=4, **style)
+    axes.set(title=f"the toy: {objective.upper()}, {len(seeds)} seeds",
+             xlabel="thousand response tokens, pilot included", ylabel="accuracy, 95 % interval",
+             xlim=(0, 170))
+    axes.legend(frameon=False, loc="lower right")
+
+
+def draw_gradient(axes, records: list[dict]) -> None:
+    """What a token tells of the gradient, over uniform's; points and 95 % intervals."""
+    found = {(row["objective"], row["way"]): row["speed_per_token"] for row in records
+             if "way" in row}
+    for shift, objective, marker in ((-0.1, "raft", "o"), (0.1, "grpo", "D")):
+        means, lows, highs = np.transpose([found[objective, way] for way in WAYS])
+        places = np.arange(len(WAYS)) + shift
+        axes.errorbar(places, means, [means - lows, highs - means], fmt=marker, color="black",
+                      markerfacecolor="black" if objective == "raft" else "white", capsize=3,
+                      label=objective.upper())
+    axes.axhline(1, color="black", linestyle=":", linewidth=1)
+    axes.set_xticks(range(len(WAYS)), WAYS.values(), fontsize=8)
+    axes.set(title="a real model: its gradient", ylabel="signal²/variance of a token, over uniform's")
+    axes.legend(frameon=False, loc="upper left")
+
+
+def main() -> None:
+    """Draw overview.png."""
+    from matplotlib import pyplot as plt
+
+    toy, real = read_rows(speed.RECORDS), read_rows(real_gradient.RECORDS)
+    _, axes = plt.subplots(1, 3, figsize=(13, 4))
+    for panel, objective in zip(axes, ("raft", "grpo")):
+        draw_curves(panel, toy, objective)
+    draw_gradient(axes[2], real)
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+    plt.tight_layout()
+    plt.savefig(FOLDER / "overview.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
