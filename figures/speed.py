@@ -3,7 +3,8 @@
     python figures/speed.py run --minutes 60     # what is missing in speed.jsonl, tuning first, then
                                                  # what is reported; again any time
     python figures/speed.py time                 # seconds of a step, with nothing else running
-    python figures/speed.py table                # the table of figures/README.md, from the records
+    python figures/speed.py table                # that of figures/README.md, from the records;
+                                                 # README.md has a part, `short`
 
 What is measured was settled before a reported run was made. The cost of a run for an accuracy is
 what it has spent when it first comes there, linear between evaluations. If it does not within the
@@ -211,6 +212,14 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def short_table(records: list[dict]) -> str:
+    """Markdown: README's part of the table."""
+    lines = [line.strip("| ").split(" | ") for line in table(records).splitlines()]
+    chosen = [[cells[i] for i in (0, 1, 3, 7, 8, 9, 10)] for cells in lines if len(cells) == 11]
+    lines = ["| " + " | ".join(cells) + " |" for cells in chosen]
+    return "\n".join([lines[0], "|" + "---|" * 7, *lines[1:]])
+
+
 def row(records: list[dict], objective: str, method: str, curves: dict) -> str:
     """A line of the table. curves: by method, those of the same seeds."""
     alpha = {"published": ", 0.001", "uniform": ""}.get(method, ", 0.01" * (objective == "raft"))
@@ -227,7 +236,7 @@ def row(records: list[dict], objective: str, method: str, curves: dict) -> str:
                for name in (method, "uniform")}
     cells += [f"{seconds[method]:.3f}", f"{ends.mean():.3f}"]
     if method == "uniform":
-        return "| " + " | ".join(cells + [""] * 4) + " |"
+        return "| " + " | ".join(cells + ["1", "1", "1", "0"]) + " |"
 
     cells.append(with_interval(speed, run_costs(of_uniform, TOKENS), costs))
     in_seconds = [run_costs(of_uniform, STEP) * seconds["uniform"],
@@ -245,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", choices=("run", "time", "table"))
+    add("what", choices=("run", "time", "table", "short"))
     add("--minutes", type=float, default=60.0, help="no run is begun after them")
     add("--jobs", type=int, default=2, help="runs at a time, one core each")
     add("--records", type=Path, default=RECORDS, help="where runs are kept")
@@ -280,7 +289,7 @@ def main() -> None:
                     key = ("time", objective, method, rate, seed)
                     parts = ((TIMED_STEPS, TIMED_STEPS),)
                     run_and_keep(dict(zip(KEY, key)), parts=parts, eval_samples=1)
-    print(table(records()))
+    print(short_table(records()) if args.what == "short" else table(records()))
 
 
 if __name__ == "__main__":

@@ -70,10 +70,12 @@ def test_a_row_of_the_table_by_hand():
         records += [record("report", method, seed=seed, curve=curve) for seed in (400, 401)]
         records.append(record("time", method) | {"seconds_a_step": seconds})
     uniform, published = speed.table(records).splitlines()[2:]
-    assert uniform == "| raft | uniform, 2 seeds | 0.0003, none | 2, 2, 2 | 0%, 0%, 0% | 0.100 | 0.500 |  |  |  |  |"
+    assert uniform == "| raft | uniform, 2 seeds | 0.0003, none | 2, 2, 2 | 0%, 0%, 0% | 0.100 | 0.500 | 1 | 1 | 1 | 0 |"
     cells = published.split(" | ")
     assert cells[2:7] == ["0.0003, 2, 0.001", "3, 4, 4", "0%, 0%, 0%", "0.300", "0.500"]
     assert [cell.split()[0] for cell in cells[7:10]] == ["0.50", "0.67", "2.00"]  # in tokens, seconds, samples
+    short = [line.strip("| ").split(" | ") for line in speed.short_table(records).splitlines()]
+    assert short[2] == ["raft", "uniform, 2 seeds", "2, 2, 2", "1", "1", "1", "0"] and short[3][3] == cells[7] and len(short) == 4
     assert speed.table(records[: len(records) // 2]).count("uniform") == 1 and speed.table([]).count("\n") == 1
 
 
@@ -87,7 +89,8 @@ def test_two_steps_of_each_method_spend_the_same(method):
 
 @pytest.mark.slow
 def test_the_readmes_have_the_tables_of_the_records():
-    records = speed.read_rows(speed.RECORDS)
+    records, front = speed.read_rows(speed.RECORDS), (ROOT / "README.md").read_text()
     assert len({tuple(record[name] for name in speed.KEY) for record in records}) == len(records)
     readme = (ROOT / "figures" / "README.md").read_text()
     assert all(line in readme for line in speed.table(records).splitlines())
+    assert all(line in front for line in speed.short_table(records).splitlines())
