@@ -88,7 +88,7 @@ def betas(mu: np.ndarray) -> np.ndarray:
 
 def first_belief(states: np.ndarray) -> dict[str, np.ndarray]:
     """What a Predictor believes before its first step, whose states these are."""
-    size = states.shape[1] + 1
+    size = min(states.shape[1], NUM_STATES) + 1
     known = {"centre": states.mean(axis=0), "scale": states.std(axis=0) + 1e-6}
     known["log_evidence"] = np.zeros(len(STRENGTHS))  # of each kappa
     for name in ("p", *LOGARITHMS):  # of p, ln p/q is linear in the features, q = 1 - p
@@ -110,14 +110,13 @@ class Predictor:
     def features(self, states: np.ndarray) -> np.ndarray:
         """States standardised as the first step's were, clipped, and a 1: (prompts, features).
 
-        A prompt with states that are NaN or infinite is taken for a mean one. Raises ValueError if
-        all are in the first step, or if what was learnt is not for states like these.
+        More than NUM_STATES of them are summed up in as many random ways, but only then: a few
+        states of a middle layer are huge, and would drown the others. A prompt with states that are
+        NaN or infinite is taken for a mean one. Raises ValueError if all are in the first step, or
+        if what was learnt is not for states like these.
         """
         is_finite = np.isfinite(states).all(axis=1)
         states = np.where(is_finite[:, None], states, 0.0)
-        if states.shape[1] > NUM_STATES:  # the same random directions in every step
-            directions = np.random.default_rng(0).normal(size=(states.shape[1], NUM_STATES))
-            states = states @ directions / np.sqrt(states.shape[1])
         if not self.learnt:
             if not is_finite.any():
                 raise ValueError("the states of all prompts are NaN or infinite")
@@ -126,8 +125,12 @@ class Predictor:
         shapes, right = ({n: x.shape for n, x in each.items()} for each in (known, expected))
         if shapes != right:
             raise ValueError(f"what was learnt is not for states like these: {shapes}")
-        standard = np.where(is_finite[:, None], (states - known["centre"]) / known["scale"], 0.0)
-        return np.hstack([standard.clip(-10, 10), np.ones((len(states), 1))])
+        standard = ((states - known["centre"]) / known["scale"]).clip(-10, 10)
+        standard[~is_finite] = 0.0
+        if states.shape[1] > NUM_STATES:  # the same random directions in every step
+            directions = np.random.default_rng(0).normal(size=(states.shape[1], NUM_STATES))
+            standard = standard @ directions / np.sqrt(states.shape[1])
+        return np.hstack([standard, np.ones((len(states), 1))])
 
     def predict(self, features: np.ndarray, name: str) -> np.ndarray:
         """One of LOGARITHMS, (prompts,); finite, whatever was learnt."""

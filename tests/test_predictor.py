@@ -154,6 +154,17 @@ def test_features_by_hand():
     assert np.isfinite(mu).all() and np.isfinite(weights).all()
 
 
+def test_a_huge_state_does_not_drown_the_others_where_there_are_many():
+    """One of 600 states is a million times as large, and says nothing; the others lie in two groups."""
+    generator, group = np.random.default_rng(0), np.arange(32) % 2
+    states = generator.normal(size=(32, 600)) + 3 * np.outer(group, generator.normal(size=600))
+    states[:, 0] = 1e6 * generator.normal(size=32)
+    features = Predictor({}).features(states)[:, :-1]
+    assert features.shape == (32, 256)
+    alike = np.corrcoef(features)
+    assert alike[0, 2::2].min() > 0.5 and alike[0, 1::2].max() < 0
+
+
 def test_a_prompt_with_states_that_are_not_finite_is_a_mean_one():
     predictor, nan = Predictor({}), np.full((1, 2), np.nan)
     states = np.array([[1.0, 5.0], [np.inf, 5.0], [3.0, 5.0]])
