@@ -162,7 +162,7 @@ def test_a_huge_state_does_not_drown_the_others_where_there_are_many():
     features = Predictor({}).features(states)[:, :-1]
     assert features.shape == (32, 256)
     alike = np.corrcoef(features)
-    assert alike[0, 2::2].min() > 0.5 and alike[0, 1::2].max() < 0
+    assert alike[0, 2::2].min() > 0.3 and alike[0, 1::2].max() < -0.3  # else the huge one decides: 1 and -1 at random
 
 
 def test_a_prompt_with_states_that_are_not_finite_is_a_mean_one():
