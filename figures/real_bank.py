@@ -181,13 +181,16 @@ def facts(bank: Bank) -> list[dict]:
     known = bank.norms > 0
     ratios = np.linalg.norm(bank.sketches, axis=2)[known] / bank.norms[known]
     rows = [{"fact": "sketched over true norm", "mean": ratios.mean(), "std": ratios.std()}]
-    for name, chosen in (("all", known), ("right", known & bank.right),
-                         ("wrong", known & ~bank.right)):
+    kinds = {"all": known, "right": known & bank.right, "wrong": known & ~bank.right}
+    for name, chosen in kinds.items():
         logs = np.log([bank.norms[chosen], bank.columns["nlls"][chosen].clip(1e-6)])
         rows.append({"fact": f"log correlation of norm and likelihood, {name}",
                      "mean": np.corrcoef(logs)[0, 1]})
-    for name, chosen in (("never", bank.p == 0), ("sometimes", (bank.p > 0) & (bank.p < 1)),
-                         ("always", bank.p == 1)):
+    mixed = (bank.p > 0) & (bank.p < 1)
+    kinds = {"never": bank.p == 0, "sometimes": mixed, "always": bank.p == 1}
+    for name, chosen in kinds.items():
+        if not chosen.any():
+            continue
         error = bank.lengths[chosen].mean(axis=1).std() / np.sqrt(max(chosen.sum() - 1, 1))
         rows.append({"fact": f"tokens of those right {name}", "prompts": int(chosen.sum()),
                      "mean": bank.lengths[chosen].mean(), "standard_error": error,

@@ -226,7 +226,7 @@ def rounded(value):
 def write(path: Path, rows: list[dict]) -> None:
     """JSON lines, without spaces."""
     rows = [{name: rounded(value) for name, value in row.items()} for row in rows]
-    lines = [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
+    lines = [json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -256,7 +256,7 @@ def table(args) -> None:
                   f"{with_range(row['speed_per_sample'])} | {with_range(row['speed_per_token'])} |")
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """Parse the flags, and run or print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -271,7 +271,7 @@ def main() -> None:
     add("--layer", choices=LAYERS, default="middle", help="whose states the ways' predictor gets")
     add("--repetitions", type=int, default=100)
     add("--estimates", type=int, default=200, help="steps for each number")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.function(args)
 
 
