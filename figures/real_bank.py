@@ -7,8 +7,9 @@
 The file is written anew after every few prompts, and a second call goes on where one has ended.
 For each prompt, (prompts, ...): its row in --data, its task, and its hidden states, those of the
 last token beside the mean over tokens, in the middle layer and in the last. For each sample,
-(prompts, samples): reward, length in tokens, whether it ended by itself, its negative
-log-likelihood, and of the gradient of that with respect to the output head its norm, and a sketch.
+(prompts, samples, ...): reward, length in tokens, whether it ended by itself, its tokens and their
+log-probs, padded, and of the gradient of the negative log-likelihood with respect to the output
+head its norm, and a sketch.
 
 The sketch. That gradient is sum_t delta_t h_t^T, vocabulary x hidden. Its entry (v, j) is added,
 with the random sign s(v) s'(j), to the place b(v) + b'(j), modulo 1,024, of the sketch. So inner
@@ -39,6 +40,7 @@ from sampler import add_sampler_flags, draw, make_sampler  # noqa: E402
 
 SIZE = 1024  # of a sketch
 PIECE = 8  # prompts between two writes
+SCORES = ("logprobs", "norms", "sketches")  # of each sample, by the policy
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -68,11 +70,10 @@ class Sketch:
 
 
 @torch.no_grad()
-def score(model, sketch: Sketch, prompt_ids: list[int], responses: list[np.ndarray]) -> dict:
-    """What the bank keeps of a prompt and of responses to it, by name.
-
-    The prompt is read once, for all of them.
-    """
+def score(model, sketch: Sketch, prompt_ids: list[int], responses: list[np.ndarray],
+          width: int) -> dict:
+    """States of a prompt, and SCORES of responses to it, by name. The prompt is read once, for all
+    of them. width: to which log-probs are padded."""
     ids = torch.tensor([prompt_ids])
     prompt = model.base_model(ids, use_cache=True, output_hidden_states=True)
     layers = prompt.hidden_states  # the embeddings, then one for each layer
@@ -89,13 +90,18 @@ def score(model, sketch: Sketch, prompt_ids: list[int], responses: list[np.ndarr
     for h, y, response in zip(hidden, rows, responses):
         h, y = h[: len(response)], y[: len(response)]
         log_softmax = torch.log_softmax(model.get_output_embeddings()(h), dim=-1)
-        nll = -log_softmax.gather(1, y[:, None]).sum()
+        logprobs = padded(log_softmax.gather(1, y[:, None]).squeeze(1).numpy(), width)
         delta = log_softmax.exp()
         delta[torch.arange(len(y)), y] -= 1
         # |sum_t delta_t h_t^T|^2 = sum_{t, s} (delta_t delta_s) (h_t h_s)
         norm = ((delta @ delta.T) * (h @ h.T)).sum().clamp(min=0).sqrt()
-        found.append((nll.item(), norm.item(), sketch(delta, h).numpy()))
-    return kept | dict(zip(("nlls", "norms", "sketches"), map(np.array, zip(*found))))
+        found.append((logprobs, norm.item(), sketch(delta, h).numpy()))
+    return kept | dict(zip(SCORES, map(np.array, zip(*found))))
+
+
+def padded(row: np.ndarray, width: int) -> np.ndarray:
+    """A row with zeros behind it."""
+    return np.pad(row, (0, width - len(row)))
 
 
 def describe(hidden: torch.Tensor) -> np.ndarray:
@@ -104,18 +110,20 @@ def describe(hidden: torch.Tensor) -> np.ndarray:
     return torch.cat([hidden[0, -1], hidden[0].mean(dim=0)]).numpy()
 
 
-def entry(model, sketch: Sketch, problem: Problem, samples: list[Sample], task: str) -> dict:
+def entry(model, sketch: Sketch, problem: Problem, samples: list[Sample], task: str,
+          width: int) -> dict:
     """All that the bank holds of a problem. Equal responses are scored once."""
     places: dict[bytes, int] = {}
     rows = [places.setdefault(s.response_ids.tobytes(), len(places)) for s in samples]
     responses = [np.frombuffer(ids, np.int32).copy() for ids in places]
-    scored = score(model, sketch, problem.prompt_ids, responses)
-    for name in ("nlls", "norms", "sketches"):
+    scored = score(model, sketch, problem.prompt_ids, responses, width)
+    for name in SCORES:
         scored[name] = scored[name][rows].astype(np.float32)
     return scored | {
         "row": problem.id, "task": task, "prompt_tokens": len(problem.prompt_ids),
         "rewards": np.array([s.reward for s in samples], np.float32),
         "lengths": np.array([len(s.response_ids) for s in samples]),
+        "response_ids": np.array([padded(s.response_ids, width) for s in samples]),
         "finished": np.array([s.finished for s in samples]),
         "sampler_nlls": np.array([-s.sampler_logprobs.sum() for s in samples], np.float32),
     }
@@ -181,9 +189,10 @@ def facts(bank: Bank) -> list[dict]:
     known = bank.norms > 0
     ratios = np.linalg.norm(bank.sketches, axis=2)[known] / bank.norms[known]
     rows = [{"fact": "sketched over true norm", "mean": ratios.mean(), "std": ratios.std()}]
+    nlls = -bank.columns["logprobs"].sum(axis=2)
     kinds = {"all": known, "right": known & bank.right, "wrong": known & ~bank.right}
     for name, chosen in kinds.items():
-        logs = np.log([bank.norms[chosen], bank.columns["nlls"][chosen].clip(1e-6)])
+        logs = np.log([bank.norms[chosen], nlls[chosen].clip(1e-6)])
         rows.append({"fact": f"log correlation of norm and likelihood, {name}",
                      "mean": np.corrcoef(logs)[0, 1]})
     mixed = (bank.p > 0) & (bank.p < 1)
@@ -224,7 +233,8 @@ def main(argv=None) -> None:
             drawn = time.time()
             for k, problem in enumerate(chosen):
                 mine = samples[k * args.samples :][: args.samples]
-                entries.append(entry(model, sketch, problem, mine, tasks[problem.id]))
+                entries.append(entry(model, sketch, problem, mine, tasks[problem.id],
+                                     args.max_response_tokens))
             write(args.out, entries)
             print0(f"{len(entries)} prompts  drawn in {drawn - start:.0f} s  scored in "
                    f"{time.time() - drawn:.0f} s")

@@ -70,9 +70,12 @@ def test_the_bank_holds_the_policy_s_norms_and_sketches_of_its_gradients(model_a
     sketch = real_bank.Sketch(*model.get_output_embeddings().weight.shape)
     for problem in chosen:
         mine = [sample for sample in samples if sample.problem == problem.id]
-        found = real_bank.entry(model, sketch, problem, mine, "sums")
+        found = real_bank.entry(model, sketch, problem, mine, "sums", 64)
         assert found["norms"] == pytest.approx([sample.head_grad_norm for sample in mine], rel=1e-4)
-        assert found["nlls"] == pytest.approx([-sample.old_logprobs.sum() for sample in mine], rel=1e-4)
+        for sample, ids, logprobs in zip(mine, found["response_ids"], found["logprobs"]):
+            length = len(sample.response_ids)
+            assert ids[:length].tolist() == sample.response_ids.tolist() and not ids[length:].any()
+            assert logprobs[:length] == pytest.approx(sample.old_logprobs, abs=1e-4) and not logprobs[length:].any()
         states = Policy(model).model.base_model(torch.tensor([problem.prompt_ids])).last_hidden_state[0]
         expected = torch.cat([states[-1], states.mean(dim=0)]).detach().numpy()
         assert found["last"] == pytest.approx(expected, abs=1e-4) and not np.allclose(found["middle"], expected)
@@ -96,8 +99,8 @@ def fabricated(path, prompts: int = 48, samples: int = 8) -> real_bank.Bank:
         "row": i, "task": "sums", "prompt_tokens": 9, "middle": states[i], "last": rng.normal(size=4),
         "rewards": (rng.random(samples) < 1 / (1 + np.exp(-2 * states[i, 0]))).astype(np.float32),
         "lengths": rng.integers(5, 9, samples), "finished": np.ones(samples, bool), "norms": np.ones(samples),
-        "nlls": rng.random(samples) + 1, "sampler_nlls": np.ones(samples),
-        "sketches": rng.normal(size=(samples, 16)) + states[i, 0]} for i in range(prompts)]
+        "logprobs": -rng.random((samples, 9)), "response_ids": np.zeros((samples, 9), np.int32), "sampler_nlls": np.ones(samples),
+        "sketches": rng.normal(size=(samples, 16)) + states[i, 0] + 1} for i in range(prompts)]
     real_bank.write(path, entries)
     return real_bank.Bank(path)
 
@@ -143,7 +146,7 @@ def test_a_bank_is_gone_on_with_and_its_tables_are_printed(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("24 prompts")  # it went on with the 17th
     whole = dict(np.load(out))
     assert len(whole["row"]) == 32 and all((whole[name][:16] == first[name]).all() for name in first)
-    assert whole["nlls"] == pytest.approx(whole["sampler_nlls"], abs=1e-3)
+    assert -whole["logprobs"].sum(axis=2) == pytest.approx(whole["sampler_nlls"], abs=1e-3)
     with pytest.raises(InputError, match="name another"):
         real_bank.main([*words, "32", "--samples", "4"])
     assert len(np.load(out)["row"]) == 32
