@@ -136,15 +136,15 @@ def measure(step: Step, way, estimates: int) -> dict[str, float]:
     length = np.linalg.norm(exact)
     found, described = zip(*(estimate(step, *way(step)) for _ in range(estimates)))
     found = np.array(found) / length
-    mean = found.mean(axis=0)
-    signal = mean @ exact / length
+    mean, along = found.mean(axis=0), found @ exact / length
     variance = ((found - mean) ** 2).sum() / (estimates - 1)
     known = {name: np.mean([each[name] for each in described]) for name in described[0]}
-    gain = signal**2 / variance / known["samples"]
-    # The mean of so few estimates has a part of their variance in its length.
+    # The square of a mean of so few has a part of their variance in it, which is taken out.
+    gain = (along.mean() ** 2 - along.var(ddof=1) / estimates) / variance / known["samples"]
     mean_length = np.sqrt(max((mean**2).sum() - variance / estimates, 1e-12))
     return known | {
-        "signal": signal, "noise": np.sqrt(variance), "cosine_of_mean": signal / mean_length,
+        "signal": along.mean(), "noise": np.sqrt(variance),
+        "cosine_of_mean": along.mean() / mean_length,
         "error": ((found - exact / length) ** 2).sum(axis=1).mean(),
         "gain_per_sample": gain, "gain_per_token": gain / known["tokens_per_sample"]}
 
@@ -189,7 +189,7 @@ def repeat(bank: Bank, seed: int, args) -> tuple[list[dict], list[dict]]:
 
 # --- the records --------------------------------------------------------------------------------
 def summary(rows: list[dict], *keys: str) -> list[dict]:
-    """One record for each value of the keys: mean, 2.5 % and 97.5 % of every number."""
+    """One record for each value of the keys: median, 2.5 % and 97.5 % of every number."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -197,7 +197,7 @@ def summary(rows: list[dict], *keys: str) -> list[dict]:
     for key, group in groups.items():
         numbers = {name: np.array([row[name] for row in group]) for name in group[0]}
         records.append(dict(zip(keys, key)) | {
-            name: [values.mean(), *np.quantile(values, [0.025, 0.975])]
+            name: np.quantile(values, [0.5, 0.025, 0.975]).tolist()
             for name, values in numbers.items() if name not in keys})
     return records
 
