@@ -1,0 +1,279 @@
+"""How good a step's gradient is on a real model, by how its samples are spent; how p is predicted.
+
+    python figures/real_gradient.py run --bank bank.npz     # minutes; figures/real_bank.py makes it
+    python figures/real_gradient.py table                   # the tables, from real_gradient.jsonl
+
+A step draws 64 samples from the bank, with replacement. So the bank's samples are the population,
+whose p, G and exact gradients are known. Each repetition divides the prompts in two at random. One
+half teaches a predictor: 8 steps of 16 prompts, 4 samples of each, no prompt twice. Steps are made
+of the other half, resampled with replacement for the intervals, and estimate its mean gradient.
+
+Signal: the mean of the estimates along the exact gradient, S; noise: the root of their variance V;
+both over the exact gradient's length. Error: the mean squared error over the squared length. What
+an update gains, at the step size that suits it, grows with S^2 / V as long as noise is the larger,
+and V falls as 1 / samples. So two ways are compared by S^2 / V for each sample, and, since users
+pay tokens, for each token: that is the same as giving the cheaper way so many more prompts that
+both cost the same.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402 (the project's modules lie one folder up)
+from real_bank import Bank, facts  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from allocator import allocate, gvm_weights, reward_weights  # noqa: E402
+from files import read_rows  # noqa: E402
+from grpo import grpo_advantage  # noqa: E402
+from predictor import Predictor, allocate_or_leave  # noqa: E402
+
+RECORDS = Path(__file__).with_suffix(".jsonl")
+DRAWN = Path(__file__).with_name("real_samples.jsonl")  # rewards and lengths of each prompt
+
+PROMPTS, SAMPLES, PILOT, CANDIDATES = 16, 4, 2, 64
+BUDGET = PROMPTS * SAMPLES  # of a step
+SMALLEST = {"raft": 1, "grpo": 2}  # samples of a prompt that say something, by objective
+LAYERS = ("middle", "last")
+SHOWN_AFTER = (2, 4, 8)  # steps of teaching, of 64 samples each
+
+
+@dataclass
+class Step:
+    """What a step may look at. The ways below return (prompts, rows, samples): each sample's row
+    among the prompts, and its place among the bank's samples of that prompt, (samples,) each."""
+
+    bank: Bank
+    half: np.ndarray  # prompts of the bank
+    objective: str
+    alpha: float
+    predicted: np.ndarray  # weights, of all prompts of the bank
+    rng: np.random.Generator
+
+    def draw(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, samples): counts_i samples of prompt i, with replacement."""
+        rows = np.repeat(np.arange(len(counts)), counts)
+        return rows, self.rng.integers(self.bank.right.shape[1], size=len(rows))
+
+    def choose(self, number: int) -> np.ndarray:
+        """Prompts of the half, at random, each by itself: the half stands for many prompts."""
+        return self.rng.choice(self.half, number)
+
+
+def fitting_rule(objective: str, alpha: float):
+    """The rule that fits the objective, of (p, G+, G-)."""
+    gvm = partial(gvm_weights, alpha=alpha)
+    return {"raft": lambda p, right, wrong: gvm(p, right), "grpo": reward_weights}[objective]
+
+
+# --- ways to spend a step's samples -------------------------------------------------------------
+def uniform(step: Step, num_prompts: int = PROMPTS) -> tuple:
+    """Equal counts."""
+    prompts = step.choose(num_prompts)
+    return prompts, *step.draw(np.full(num_prompts, SAMPLES))
+
+
+def published(step: Step) -> tuple:
+    """A pilot that is trained on, and the rest by the paper's rule, for GRPO as well."""
+    prompts = step.choose(PROMPTS)
+    pilot = step.draw(np.full(PROMPTS, PILOT))
+    found = step.bank.summarise(prompts, *pilot)
+    weights = gvm_weights(found["accept_rate"], found["norm_right"], step.alpha)
+    rest = step.draw(allocate(weights, BUDGET, min_samples=PILOT) - PILOT)
+    return prompts, *map(np.concatenate, zip(pilot, rest))
+
+
+def best(step: Step, candidates: int, is_known: bool) -> tuple:
+    """The best of some prompts share the samples, by a p and G that are known, or predicted."""
+    prompts = step.choose(candidates)
+    weights = step.predicted[prompts]
+    if is_known:
+        p, *norms = (step.bank.known[name][prompts] for name in
+                     ("accept_rate", "norm_right", "norm_wrong"))
+        weights = fitting_rule(step.objective, step.alpha)(p, *norms)
+    return prompts, *step.draw(allocate_or_leave(weights, BUDGET, SMALLEST[step.objective]))
+
+
+WAYS = {
+    "uniform": uniform,
+    "uniform, 64 x 4": partial(uniform, num_prompts=64),  # a step of 256 samples
+    "published": published,
+    "predicted": partial(best, candidates=PROMPTS, is_known=False),
+    "wider pool": partial(best, candidates=CANDIDATES, is_known=False),
+    "known": partial(best, candidates=PROMPTS, is_known=True),
+    "known, wider pool": partial(best, candidates=CANDIDATES, is_known=True),
+}
+
+
+# --- one repetition -----------------------------------------------------------------------------
+def estimate(step: Step, prompts, rows, samples) -> tuple[np.ndarray, dict]:
+    """(a step's gradient, (size,); what the step was), with --weighting prompt."""
+    places = prompts[rows], samples
+    right = step.bank.right[places].astype(float)
+    drawn, solved = (np.bincount(rows, x, len(prompts)) for x in (np.ones(len(rows)), right))
+    served, is_mixed = (drawn > 0).sum(), (solved > 0) & (solved < drawn)
+    if step.objective == "raft":
+        weights = right / np.maximum(solved[rows], 1)
+    else:
+        weights = np.zeros(len(rows))
+        for i in np.flatnonzero(is_mixed):
+            weights[rows == i] = grpo_advantage(right[rows == i]) / drawn[i]
+    return weights / served @ step.bank.sketches[places], {
+        "samples": len(rows), "tokens_per_sample": step.bank.lengths[places].mean(),
+        "served": served, "mixed": is_mixed.sum() / served}
+
+
+def measure(step: Step, way, estimates: int) -> dict[str, float]:
+    """What many steps of one way say of the half's mean gradient."""
+    exact = step.bank.exact[step.objective][step.half].mean(axis=0)
+    length = np.linalg.norm(exact)
+    found, described = zip(*(estimate(step, *way(step)) for _ in range(estimates)))
+    found = np.array(found) / length
+    mean, along = found.mean(axis=0), found @ exact / length
+    variance = ((found - mean) ** 2).sum() / (estimates - 1)
+    known = {name: np.mean([each[name] for each in described]) for name in described[0]}
+    # The square of a mean of so few has a part of their variance in it, which is taken out.
+    gain = (along.mean() ** 2 - along.var(ddof=1) / estimates) / variance / known["samples"]
+    mean_length = np.sqrt(max((mean**2).sum() - variance / estimates, 1e-12))
+    return known | {
+        "signal": along.mean(), "noise": np.sqrt(variance),
+        "cosine_of_mean": along.mean() / mean_length,
+        "error": ((found - exact / length) ** 2).sum(axis=1).mean(),
+        "gain_per_sample": gain, "gain_per_token": gain / known["tokens_per_sample"]}
+
+
+def teach(bank: Bank, layer: str, teachers, others, rng) -> tuple[Predictor, list[dict]]:
+    """(a predictor that has learnt from one half, how it predicts the other's p on the way)."""
+    predictor, states = Predictor({}), bank.columns[layer].astype(float)
+    features, rows = predictor.features(states[teachers]), []
+    step = Step(bank, teachers, "raft", 0.0, np.zeros(0), rng)
+    for number in range(1, len(teachers) // PROMPTS + 1):
+        mine = np.arange((number - 1) * PROMPTS, number * PROMPTS)
+        mu, _ = predictor.weights(features[mine], reward_weights)
+        drawn = step.draw(np.full(PROMPTS, SAMPLES))
+        predictor.learn(features[mine], mu, bank.summarise(teachers[mine], *drawn))
+        if number in SHOWN_AFTER:
+            mu, _ = predictor.weights(predictor.features(states[others]), reward_weights)
+            rows.append({"layer": layer, "samples": number * BUDGET, "mean_predicted": mu.mean(),
+                         "mean": bank.p[others].mean(),
+                         "correlation": np.corrcoef(mu, bank.p[others])[0, 1]})
+    return predictor, rows
+
+
+def repeat(bank: Bank, seed: int, args) -> tuple[list[dict], list[dict]]:
+    """(rows about the ways, rows about the predictions) of one division into halves."""
+    rng = np.random.default_rng(seed)
+    teachers, others = np.array_split(rng.permutation(len(bank.p)), 2)
+    taught = {layer: teach(bank, layer, teachers, others, rng) for layer in LAYERS}
+    predictor = taught[args.layer][0]
+    features = predictor.features(bank.columns[args.layer].astype(float))
+    half, rows = rng.choice(others, len(others)), []
+    for objective in SMALLEST:
+        _, weights = predictor.weights(features, fitting_rule(objective, args.alpha))
+        step = Step(bank, half, objective, args.alpha, weights, rng)
+        found = {name: measure(step, way, args.estimates) for name, way in WAYS.items()}
+        for name, row in found.items():
+            for unit in ("sample", "token"):  # against uniform in the same repetition
+                row[f"speed_per_{unit}"] = (row[f"gain_per_{unit}"]
+                                            / found["uniform"][f"gain_per_{unit}"])
+            rows.append({"objective": objective, "way": name, **row})
+    return rows, [row for _, shown in taught.values() for row in shown]
+
+
+# --- the records --------------------------------------------------------------------------------
+def summary(rows: list[dict], *keys: str) -> list[dict]:
+    """One record for each value of the keys: median, 2.5 % and 97.5 % of every number."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    records = []
+    for key, group in groups.items():
+        numbers = {name: np.array([row[name] for row in group]) for name in group[0]}
+        records.append(dict(zip(keys, key)) | {
+            name: np.quantile(values, [0.5, 0.025, 0.975]).tolist()
+            for name, values in numbers.items() if name not in keys})
+    return records
+
+
+def run_all(args) -> None:
+    """Measure, write the records, and what was drawn of each prompt."""
+    bank, ways, predictions = Bank(args.bank), [], []
+    for seed in tqdm(range(args.repetitions)):
+        rows, shown = repeat(bank, seed, args)
+        ways, predictions = ways + rows, predictions + shown
+    records = facts(bank) + summary(predictions, "layer", "samples")
+    write(args.records, records + summary(ways, "objective", "way"))
+    write(args.drawn, [
+        {"row": int(row), "task": str(task), "rewards": "".join(map(str, right.astype(int))),
+         "tokens": lengths.tolist()} for row, task, right, lengths in zip(
+             bank.columns["row"], bank.columns["task"], bank.right, bank.lengths)])
+
+
+def rounded(value):
+    """Numbers, alone or in a list, to four digits."""
+    if isinstance(value, list):
+        return [rounded(number) for number in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """JSON lines, without spaces."""
+    rows = [{name: rounded(value) for name, value in row.items()} for row in rows]
+    lines = [json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def table(args) -> None:
+    """Print the records as tables."""
+    def with_range(values: list[float]) -> str:
+        return "{:.2f} ({:.2f} to {:.2f})".format(*values)
+
+    records = read_rows(args.records)
+    for row in records:
+        if "fact" in row:
+            print(row["fact"], *(f"{name} {x}" for name, x in row.items() if name != "fact"))
+    print("\n| hidden states of | samples | correlation | mean predicted p | mean p |")
+    print("|---|---|---|---|---|")
+    for row in records:
+        if "layer" in row:
+            print(f"| {row['layer']} layer | {row['samples']} | "
+                  f"{with_range(row['correlation'])} | {with_range(row['mean_predicted'])} | "
+                  f"{row['mean'][0]:.2f} |")
+    print("\n| objective | way | prompts | mixed groups | tokens a sample | signal | noise | "
+          "error | speed in samples | speed in tokens |\n|" + "---|" * 10)
+    for row in records:
+        if "way" in row:
+            print(f"| {row['objective']} | {row['way']} | {row['served'][0]:.1f} | "
+                  f"{row['mixed'][0]:.2f} | {row['tokens_per_sample'][0]:.1f} | "
+                  f"{row['signal'][0]:.2f} | {row['noise'][0]:.2f} | {row['error'][0]:.1f} | "
+                  f"{with_range(row['speed_per_sample'])} | {with_range(row['speed_per_token'])} |")
+
+
+def main(argv=None) -> None:
+    """Parse the flags, and run or print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    for name, function in (("run", run_all), ("table", table)):
+        command = commands.add_parser(name)
+        command.add_argument("--records", type=Path, default=RECORDS)
+        command.set_defaults(function=function)
+    add = commands.choices["run"].add_argument
+    add("--bank", type=Path, required=True)
+    add("--drawn", type=Path, default=DRAWN, help="rewards and lengths go there")
+    add("--alpha", type=float, default=1e-3, help="of the paper's rule")
+    add("--layer", choices=LAYERS, default="middle", help="whose states the ways' predictor gets")
+    add("--repetitions", type=int, default=100)
+    add("--estimates", type=int, default=200, help="steps for each number")
+    args = parser.parse_args(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()
