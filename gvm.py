@@ -15,7 +15,7 @@ import numpy as np
 
 from allocator import allocate, gvm_weights, reward_weights, summarise_samples
 from batches import approximate_norm, fill_norms, prompt_states
-from data import TRAINING, Problem, Sample, problems_of_step, prompts_looked_at
+from data import TRAINING, Problem, problems_of_step, prompts_looked_at
 from grader import Grader
 from losses import OBJECTIVES
 from metrics import describe_pilot, describe_prediction, describe_step

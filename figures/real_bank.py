@@ -20,6 +20,7 @@ delta h^T is the circular convolution of a sketch of delta with one of h (Pham a
 import argparse
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ from allocator import summarise_samples  # noqa: E402
 from data import TRAINING, Problem, Sample, add_data_flags, load_prompts  # noqa: E402
 from files import read_rows  # noqa: E402
 from grader import Grader  # noqa: E402
-from model import add_model_flags, load_model  # noqa: E402
+from pretrained import add_model_flags, load_model  # noqa: E402
 from run import InputError, positive_int, print0  # noqa: E402
 from sampler import add_sampler_flags, draw, make_sampler  # noqa: E402
 
@@ -189,12 +190,14 @@ def facts(bank: Bank) -> list[dict]:
     known = bank.norms > 0
     ratios = np.linalg.norm(bank.sketches, axis=2)[known] / bank.norms[known]
     rows = [{"fact": "sketched over true norm", "mean": ratios.mean(), "std": ratios.std()}]
-    nlls = -bank.columns["logprobs"].sum(axis=2)
+    logprobs = bank.columns["logprobs"]  # 0 beyond the response
+    estimates = {"-ln pi": -logprobs.sum(axis=2),
+                 "approximate_norm": np.sqrt(((1 - np.exp(logprobs)) ** 2).sum(axis=2))}
     kinds = {"all": known, "right": known & bank.right, "wrong": known & ~bank.right}
-    for name, chosen in kinds.items():
-        logs = np.log([bank.norms[chosen], nlls[chosen].clip(1e-6)])
-        rows.append({"fact": f"log correlation of norm and likelihood, {name}",
-                     "mean": np.corrcoef(logs)[0, 1]})
+    for (estimate, values), (kind, chosen) in product(estimates.items(), kinds.items()):
+        logs = np.log([values[chosen].clip(1e-6), bank.norms[chosen]])
+        rows.append({"fact": f"norms and {estimate}, {kind}: log correlation",
+                     "mean": np.corrcoef(logs)[0, 1], "slope": np.polyfit(*logs, 1)[0]})
     mixed = (bank.p > 0) & (bank.p < 1)
     kinds = {"never": bank.p == 0, "sometimes": mixed, "always": bank.p == 1}
     for name, chosen in kinds.items():

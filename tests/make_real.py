@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa
 import run  # noqa: E402
 from batches import collate, micro_batches  # noqa: E402
 from data import Problem, Sample, encode_prompt  # noqa: E402
-from model import add_model_flags, load_model  # noqa: E402
+from pretrained import add_model_flags, load_model  # noqa: E402
 from run import InputError, positive_int, print0  # noqa: E402
 
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -50,6 +50,11 @@ def test_log_probs_of_one_sample_in_eight_change_no_text(facts):
     assert facts[1]["told"] == facts[2]["told"] and 3 < sum(facts[1]["told"]) < 18
 
 
+def test_a_prompt_of_100_tokens_is_read_once_for_samples_that_are_drawn_together(facts):
+    """In blocks of 128, as by default on CPUs, nothing of it would be shared."""
+    assert facts[1]["spared of 100"] == [0, 96]
+
+
 def test_seeds_reach_the_sampling_of_cuda_s_engine(device, model_and_tokenizer, monkeypatch):
     import vllm
     from vllm.v1.worker.gpu import buffer_utils
