@@ -115,9 +115,10 @@ def cut_in_pieces(ids: list[int], ranks: int) -> list[list[int]]:
 
     A rank reads the prompt of a piece once. But the samples of a hard problem are many and long,
     too many for one rank: a piece has at most four. The large ones come first, so that ranks differ
-    by four samples at most, and pieces are smaller where that would be much.
+    by four samples at most. Where a rank gets few samples, pieces are smaller: there should be 128
+    for each rank, or long prompts and short ones do not even out.
     """
-    most = min(max(len(ids) // (32 * ranks), 1), 4)
+    most = min(max(len(ids) // (128 * ranks), 1), 4)
     pieces: list[list[int]] = []
     for place, problem in enumerate(ids):
         if pieces and len(pieces[-1]) < most and ids[pieces[-1][0]] == problem:

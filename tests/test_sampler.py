@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import flags, make_sample, run_script
+from conftest import ROOT, flags, make_sample, run_script
 
+from files import read_rows
 from data import Problem, encode_prompt, load_prompts, problems_of_step
 from metrics import describe_step, is_finite
 from pretrained import load_model
@@ -147,7 +148,21 @@ def test_a_prompt_s_samples_stay_together_in_pieces_and_no_rank_gets_many_more(r
 
 def test_where_a_rank_gets_few_samples_pieces_are_small():
     assert cut_in_pieces([7, 7, 7, 8, 8, 7], 1) == [[0], [1], [2], [3], [4], [5]] and cut_in_pieces([], 2) == []
-    assert {len(piece) for piece in cut_in_pieces([7] * 192, 2)} == {3}
+    assert {len(piece) for piece in cut_in_pieces([7] * 768, 2)} == {3}
+
+
+@pytest.mark.parametrize(("prompts", "each", "ranks", "worst"), [(1024, 8, 8, 0.15), (256, 4, 8, 0.15), (64, 4, 2, 0.05)])
+def test_ranks_are_even_on_recorded_lengths(prompts, each, ranks, worst):
+    """Those of a small real model, hard to share out: all samples of a prompt are nearly equally long."""
+    recorded = np.array([row["tokens"] for row in read_rows(ROOT / "figures" / "real_samples.jsonl")])
+    excess = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        lengths = rng.permuted(recorded[rng.integers(len(recorded), size=prompts)], axis=1)[:, :each].ravel()
+        pieces = cut_in_pieces(np.repeat(np.arange(prompts), each).tolist(), ranks)
+        tokens = [lengths[np.concatenate(pieces[rank::ranks])].sum() for rank in range(ranks)]
+        excess.append(max(tokens) / np.mean(tokens) - 1)
+    assert max(excess) < worst
 
 
 class EngineOnCuda:
