@@ -165,6 +165,8 @@ class VllmSampler:
             vllm._custom_ops._supports_onednn = False  # it packs weights: no loading them again
             torch._dynamo.config.disable = True  # it would run a C++ compiler for longer than us
             special = {"dtype": "float32", "kv_cache_memory_bytes": 1 << 30, "enforce_eager": True,
+                       # What is shared is whole blocks: by default 128 tokens, above most prompts.
+                       "block_size": 32,
                        # After a part of a prompt it would turn back a generator, which cannot.
                        "enable_chunked_prefill": False}
         self.llm = vllm.LLM(

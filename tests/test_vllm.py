@@ -44,6 +44,11 @@ def test_prompts_of_more_tokens_than_a_batch_are_drawn_as_any_other(facts):
     assert facts[1]["prompt tokens"] > 8192 and crowd == alone and facts[1]["gap in a crowd"] < 1e-4
 
 
+def test_a_prompt_of_100_tokens_is_read_once_for_samples_that_are_drawn_together(facts):
+    """In blocks of 128, as by default on CPUs, nothing of it would be shared."""
+    assert facts[1]["spared of 100"] == [0, 96]
+
+
 def test_seeds_reach_the_sampling_of_cuda_s_engine(device, model_and_tokenizer, monkeypatch):
     import vllm
     from vllm.v1.worker.gpu import buffer_utils

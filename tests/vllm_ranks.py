@@ -16,11 +16,13 @@ from model import Policy, load_model
 from run import join_ranks, run_script
 from sampler import HfSampler, draw, make_sampler
 
-LONG = "1+" * 135  # with these, prompts share more than 256 tokens: two blocks of vLLM's cache
+LONG = "1+" * 135  # with these, prompts share more than 256 tokens: eight blocks of vLLM's cache
 
 
 def main() -> None:
     """Run the named part on this rank."""
+    from vllm import SamplingParams
+
     part, out = sys.argv[1:]
     device = join_ranks()
     args = flags("--sampler", "vllm", "--max-prompt-tokens", 320, "--temperature", 0.8, "--loss", "raft")
@@ -65,6 +67,9 @@ def main() -> None:
         train(first)
         engine, sync = sampler.llm, sampler.sync
         engine.wake_up()
+        twice = [{"prompt_token_ids": long[0].prompt_ids[:100]}] * 2
+        one_token = SamplingParams(max_tokens=1, detokenize=False)
+        facts |= {"spared of 100": [result.num_cached_tokens for result in engine.generate(twice, one_token)]}
         engine.sleep = engine.wake_up = lambda *_, **__: None  # sleeping would empty the prefix cache, too
         sampler.sync = lambda: None
         facts |= {"gap without sync": gap(sample(problems, [4] * 9, 3))}
