@@ -75,14 +75,16 @@ def regress(belief: tuple, features, targets, weights, is_share: bool) -> tuple:
 def betas(mu: np.ndarray) -> np.ndarray:
     """Beta(kappa mu, kappa (1 - mu)) for each kappa, on the grid: (strengths, prompts, grid).
 
-    Its density in log-odds is p^a q^b (in p it would be p^(a-1) q^(b-1)). Where kappa mu is small
-    the grid cuts a tail off, and the mean is above mu: 0.25 with kappa = 1/4 and mu = 0.005, and
-    0.01 with 16. So a prompt has hardly ever no weight, as long as predictions are not trusted.
+    Its density in log-odds is p^a q^b (in p it would be p^(a-1) q^(b-1)). What lies beyond the grid,
+    an integral of p^a below it and of q^b above, is added to its ends: with small a or b that is
+    nearly all. mu is kept away from 0 and 1, which no Beta could leave again.
     """
-    mu = mu.clip(0.005, 0.995)
+    mu, spacing = mu.clip(0.005, 0.995), LOG_ODDS[1] - LOG_ODDS[0]
     a, b = (STRENGTHS[:, None, None] * share[:, None] for share in (mu, 1 - mu))
     logs = a * LOG_P + b * LOG_Q
     values = np.exp(logs - logs.max(axis=2, keepdims=True))
+    values[..., :1] *= 1 + 1 / (a * spacing)
+    values[..., -1:] *= 1 + 1 / (b * spacing)
     return values / values.sum(axis=2, keepdims=True)
 
 

@@ -215,6 +215,14 @@ def test_a_prior_is_the_beta_that_it_should_be_and_weights_are_its_mean():
     assert mu == pytest.approx([0.25] * 3) and weights == pytest.approx([np.sqrt(0.1)] * 3, abs=1e-3)
 
 
+@pytest.mark.parametrize("mu", [0.005, 0.02, 0.3, 0.98])
+def test_a_prior_has_its_mean_and_variance_however_far_it_reaches_beyond_the_grid(mu):
+    p = np.exp(LOG_P)
+    for kappa, beta in zip(STRENGTHS, betas(np.array([mu]))[:, 0]):
+        assert beta @ p == pytest.approx(mu, rel=0.02)
+        assert beta @ (p * (1 - p)) == pytest.approx(kappa * mu * (1 - mu) / (kappa + 1), rel=0.02)
+
+
 def test_it_imports_numpy_alone():
     program = "import sys, predictor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
