@@ -19,7 +19,8 @@ from files import read_rows  # noqa: E402
 STYLES = {  # of the toy's curves: (label, how it is drawn)
     "uniform": ("uniform", {"color": "black", "linestyle": ":", "marker": "o"}),
     "published": ("GVM as published", {"color": "grey", "linestyle": "--", "marker": "^"}),
-    "wider pool": ("p predicted, 64 candidates", {"color": "black", "linestyle": "-", "marker": "D"}),
+    "wider pool": ("p predicted, 64 candidates",
+                   {"color": "black", "linestyle": "-", "marker": "D"}),
 }
 WAYS = {  # of the real model's gradient: names in the records, and in the figure
     "published": "GVM as\npublished",
@@ -27,6 +28,7 @@ WAYS = {  # of the real model's gradient: names in the records, and in the figur
     "wider pool": "p predicted,\n64 candidates",
     "known, wider pool": "p known,\n64 candidates",
 }
+LOWEST = 0.05
 
 
 def draw_curves(axes, records: list[dict], objective: str) -> None:
@@ -35,7 +37,8 @@ def draw_curves(axes, records: list[dict], objective: str) -> None:
     seeds = sorted(set.intersection(*map(set, groups.values())))
     for method, (label, style) in STYLES.items():
         curves = np.array([groups[method][seed]["curve"] for seed in seeds])
-        tokens, accuracy = curves[..., speed.TOKENS].mean(axis=0) / 1000, curves[..., speed.ACCURACY]
+        tokens = curves[..., speed.TOKENS].mean(axis=0) / 1000
+        accuracy = curves[..., speed.ACCURACY]
         half = 1.96 * accuracy.std(axis=0, ddof=1) / np.sqrt(len(seeds))
         axes.errorbar(tokens, accuracy.mean(axis=0), half, label=label, capsize=2, linewidth=1.2,
                       markersize=4, **style)
@@ -46,19 +49,21 @@ def draw_curves(axes, records: list[dict], objective: str) -> None:
 
 
 def draw_gradient(axes, records: list[dict]) -> None:
-    """What a token tells of the gradient, over uniform's; points and 95 % intervals."""
+    """What a token tells of the gradient, over uniform's; medians and 95 % intervals."""
     found = {(row["objective"], row["way"]): row["speed_per_token"] for row in records
              if "way" in row}
     for shift, objective, marker in ((-0.1, "raft", "o"), (0.1, "grpo", "D")):
-        means, lows, highs = np.transpose([found[objective, way] for way in WAYS])
+        middles, lows, highs = np.transpose([found[objective, way] for way in WAYS])
+        lows = lows.clip(LOWEST)  # on a logarithmic axis
         places = np.arange(len(WAYS)) + shift
-        axes.errorbar(places, means, [means - lows, highs - means], fmt=marker, color="black",
+        axes.errorbar(places, middles, [middles - lows, highs - middles], fmt=marker, color="black",
                       markerfacecolor="black" if objective == "raft" else "white", capsize=3,
                       label=objective.upper())
     axes.axhline(1, color="black", linestyle=":", linewidth=1)
     axes.set_xticks(range(len(WAYS)), WAYS.values(), fontsize=8)
-    axes.set(title="a real model: its gradient", ylabel="signal²/variance of a token, over uniform's")
-    axes.legend(frameon=False, loc="upper left")
+    axes.set(title="a real model: its gradient", yscale="log", ylim=(LOWEST, 50),
+             ylabel="signal² / variance of a token, over uniform's")
+    axes.legend(frameon=False, loc="lower left")
 
 
 def main() -> None:
