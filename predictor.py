@@ -75,9 +75,9 @@ def regress(belief: tuple, features, targets, weights, is_share: bool) -> tuple:
 def betas(mu: np.ndarray) -> np.ndarray:
     """Beta(kappa mu, kappa (1 - mu)) for each kappa, on the grid: (strengths, prompts, grid).
 
-    Its density in log-odds is p^a q^b (in p it would be p^(a-1) q^(b-1)). What lies beyond the grid,
-    an integral of p^a below it and of q^b above, is added to its ends: with small a or b that is
-    nearly all. mu is kept away from 0 and 1, which no Beta could leave again.
+    Its density in log-odds is p^a q^b (in p it would be p^(a-1) q^(b-1)). What lies beyond the
+    grid, an integral of p^a below it and of q^b above, is added to its ends: with a small a or b
+    that is nearly all. mu is kept away from 0 and 1, which no Beta could leave again.
     """
     mu, spacing = mu.clip(0.005, 0.995), LOG_ODDS[1] - LOG_ODDS[0]
     a, b = (STRENGTHS[:, None, None] * share[:, None] for share in (mu, 1 - mu))
