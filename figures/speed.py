@@ -1,10 +1,10 @@
 """How much sooner does a method reach an accuracy? On the toy, in tokens, seconds and samples.
 
-    python figures/speed.py run --minutes 60     # what is missing in speed.jsonl, tuning first, then
-                                                 # what is reported; again any time
-    python figures/speed.py time                 # seconds of a step, with nothing else running
-    python figures/speed.py table                # that of figures/README.md, from the records;
-                                                 # README.md has a part, `short`
+    python figures/speed.py run --minutes 60   # what is missing in speed.jsonl, tuning first, then
+                                               # what is reported; again any time
+    python figures/speed.py time               # seconds of a step, with nothing else running
+    python figures/speed.py table              # that of figures/README.md, from the records;
+                                               # README.md has a part, `short`
 
 What is measured was settled before a reported run was made. The cost of a run for an accuracy is
 what it has spent when it first comes there, linear between evaluations. If it does not within the
