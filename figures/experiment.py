@@ -5,7 +5,7 @@
     python figures/experiment.py defaults --minutes 60          # what the defaults were chosen by: runs what is
                                                                 # missing, and prints the table
 
-The comparison that counts is speed.py's: it has more seeds, and a measure that was settled before. This one is older. A
+The comparison that counts is speed.py's, by a measure that was settled before. This one is older. A
 step draws 64 samples and makes one update. For every method by itself, in the mix `usual` and on seeds that are not
 reported, first the learning rate is tuned, with 16 prompts x 4 samples, then the split, at the best rate; the best is
 the one with the highest mean accuracy over the run. One line of the file is one run: what it was, and [step, samples,
@@ -27,6 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import methods  # noqa: E402 (lies in this folder, and needs the project's modules, one folder up)
+from speed import first_reached  # noqa: E402 (likewise)
 
 from files import read_rows  # noqa: E402
 
@@ -165,12 +166,7 @@ def interval(values: np.ndarray) -> str:
 
 def crossing(curves: np.ndarray, column: int, accuracy: float) -> float:
     """Where the mean curve first reaches an accuracy, linear between evaluations; curves: (seeds, points, 5)."""
-    mean = curves.mean(axis=0)
-    for before, after in zip(mean, mean[1:]):
-        if before[-1] < accuracy <= after[-1]:
-            share = (accuracy - before[-1]) / (after[-1] - before[-1])
-            return before[column] + share * (after[column] - before[column])
-    return np.inf
+    return first_reached(curves.mean(axis=0), column, accuracy)
 
 
 def costs(curves: np.ndarray, column: int, unit: int) -> str:

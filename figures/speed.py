@@ -6,14 +6,14 @@
     python figures/speed.py table              # that of figures/README.md, from the records;
                                                # README.md has a part, `short`
 
-What is measured was settled before a reported run was made. The cost of a run for an accuracy is
-what it has spent when it first comes there, linear between evaluations. If it does not within the
-budget, which is about what 120 steps with uniform counts take, its cost is the budget. Accuracies
-are 0.55, 0.58 and 0.60. For each, the mean cost of uniform's runs is divided by the method's; the
-speed is the geometric mean of these ratios. Its interval comes from a bootstrap over pairs of runs
-with the same seed; it says nothing of other models and problems, nor of another choice of rates.
-Beside it stands the difference of the mean accuracy over the budget in tokens: the area between the
-curves. Seconds are steps times the seconds of a step, which `time` measures.
+What is measured was settled before anything was computed from a reported run. The cost of a run for
+an accuracy is what it has spent when it first comes there, linear between evaluations. If it does
+not within the budget, which is about what 120 steps with uniform counts take, its cost is the
+budget. Accuracies are 0.55, 0.58 and 0.60. For each, the mean cost of uniform's runs is divided by
+the method's; the speed is the geometric mean of these ratios. Its interval comes from a bootstrap
+over pairs of runs with the same seed; it says nothing of other models and problems, nor of another
+choice of rates. Beside it stands the difference of the mean accuracy over the budget in tokens: the
+area between the curves. Seconds are steps times the seconds of a step, which `time` measures.
 
 A step draws 64 samples, 16 prompts x 4 where counts are uniform, and makes one update. The learning
 rate is tuned for each method by itself, on two seeds that are not reported: by the cost in tokens,
@@ -42,7 +42,8 @@ RECORDS = Path(__file__).with_suffix(".jsonl")
 METHODS = ("uniform", "published", "predicted", "wider pool")  # see flags
 ACCURACIES = (0.55, 0.58, 0.60)
 FIRST_RATES = (1.5e-4, 3e-4)  # that are tried; then half and double the best, until it stays
-PROMPTS, SAMPLES_EACH = 16, 4  # of a step
+PROMPTS, SAMPLES_EACH, PILOT = 16, 4, 2  # of a step, and of each prompt
+PUBLISHED_ALPHA, PREDICTED_ALPHA = 0.001, 0.01
 TUNING_SEEDS, SEEDS = (100, 101), range(400, 420)
 PARTS = ((40, 5), (120, 20))  # (last step, steps between evaluations): often where curves are steep
 EVAL_SAMPLES = 5  # of each of 200 problems
@@ -55,10 +56,11 @@ BUDGET = {STEP: 120, SAMPLES: 7680, TOKENS: 160_000}
 # --- runs --------------------------------------------------------------------------------------
 def flags(spec: dict) -> list[str]:
     """The command line of a run, but for its length and folder. All that matters is spelled out."""
-    fitting = ["--allocator", {"raft": "gvm", "grpo": "reward"}[spec["objective"]], "--alpha", 0.01]
+    rule = {"raft": "gvm", "grpo": "reward"}[spec["objective"]]  # that fits
+    fitting = ["--allocator", rule, "--alpha", PREDICTED_ALPHA]
     of_method = {
         "uniform": ["--allocator", "uniform"],
-        "published": ["--allocator", "gvm", "--alpha", 0.001, "--pilot-samples", SAMPLES_EACH // 2],
+        "published": ["--allocator", "gvm", "--alpha", PUBLISHED_ALPHA, "--pilot-samples", PILOT],
         "predicted": ["--candidates-per-step", PROMPTS, *fitting],
         "wider pool": ["--candidates-per-step", 4 * PROMPTS, *fitting],
     }
@@ -120,13 +122,19 @@ def missing_runs(records: list[dict], objectives, methods) -> list[dict]:
 
 
 # --- what the records say ------------------------------------------------------------------------
+def first_reached(curve, column: int, accuracy: float) -> float:
+    """What has been spent where a curve first reaches an accuracy, infinite if it never does. The
+    last column of a curve is its accuracy."""
+    for before, after in zip(curve, curve[1:]):
+        if before[-1] < accuracy <= after[-1]:
+            share = (accuracy - before[-1]) / (after[-1] - before[-1])
+            return before[column] + share * (after[column] - before[column])
+    return np.inf
+
+
 def run_cost(curve, column: int, accuracy: float) -> float:
     """What a run has spent when it first reaches an accuracy, or the budget, if that is less."""
-    for before, after in zip(curve, curve[1:]):
-        if before[ACCURACY] < accuracy <= after[ACCURACY]:
-            share = (accuracy - before[ACCURACY]) / (after[ACCURACY] - before[ACCURACY])
-            return min(before[column] + share * (after[column] - before[column]), BUDGET[column])
-    return BUDGET[column]
+    return min(first_reached(curve, column, accuracy), BUDGET[column])
 
 
 def run_costs(curves: list, column: int) -> np.ndarray:
@@ -193,12 +201,15 @@ def points_above(of_uniform: np.ndarray, accuracies: np.ndarray) -> float:
     return 100 * float((accuracies - of_uniform).mean())
 
 
-def table(records: list[dict]) -> str:
-    """Markdown: every method at its best rate against uniform, on the seeds that all have."""
-    names = ("objective", "method", "rate, pilot, alpha", "thousand tokens to 0.55, 0.58, 0.60",
-             "over the budget", "s a step", "accuracy at the end", "speed in tokens", "in seconds",
-             "in samples", "accuracy at equal tokens, points")
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+HEADS = ("objective", "method", "rate, pilot, alpha", "thousand tokens to 0.55, 0.58, 0.60",
+         "over the budget", "s a step", "accuracy at the end", "speed in tokens", "in seconds",
+         "in samples", "accuracy at equal tokens, points")
+SHORT = (0, 1, 3, 7, 8, 9, 10)  # the columns of README's table
+
+
+def rows_of(records: list[dict]) -> list[list[str]]:
+    """Every method at its best rate against uniform, on the seeds that all have: cells by HEADS."""
+    rows = []
     for objective in ("raft", "grpo"):
         groups = {method: records_of(records, "report", objective, method) for method in METHODS}
         groups = {method: group for method, group in groups.items() if group}
@@ -207,28 +218,33 @@ def table(records: list[dict]) -> str:
             continue
         curves = {method: [group[seed]["curve"] for seed in seeds]
                   for method, group in groups.items()}
-        for method in groups:
-            lines.append(row(records, objective, method, curves))
-    return "\n".join(lines)
+        rows += [row(records, objective, method, curves) for method in groups]
+    return rows
 
 
-def short_table(records: list[dict]) -> str:
-    """Markdown: README's part of the table."""
-    lines = [line.strip("| ").split(" | ") for line in table(records).splitlines()]
-    chosen = [[cells[i] for i in (0, 1, 3, 7, 8, 9, 10)] for cells in lines if len(cells) == 11]
-    lines = ["| " + " | ".join(cells) + " |" for cells in chosen]
-    return "\n".join([lines[0], "|" + "---|" * 7, *lines[1:]])
+def table(records: list[dict], columns=range(len(HEADS))) -> str:
+    """rows_of in Markdown, or some columns of it."""
+    lines = ["| " + " | ".join(cells[i] for i in columns) + " |"
+             for cells in (HEADS, *rows_of(records))]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
 
-def row(records: list[dict], objective: str, method: str, curves: dict) -> str:
-    """A line of the table. curves: by method, those of the same seeds."""
-    alpha = {"published": ", 0.001", "uniform": ""}.get(method, ", 0.01" * (objective == "raft"))
-    pilot = SAMPLES_EACH // 2 if method == "published" else "none"
+def pilot_and_alpha(objective: str, method: str) -> str:
+    """The setting of a method, as the table has it. GRPO's fitting rule has no alpha."""
+    if method == "published":
+        return f"{PILOT}, {PUBLISHED_ALPHA}"
+    if method == "uniform" or objective == "grpo":
+        return "none"
+    return f"none, {PREDICTED_ALPHA}"
+
+
+def row(records: list[dict], objective: str, method: str, curves: dict) -> list[str]:
+    """Cells of the table. curves: by method, those of the same seeds."""
     runs, of_uniform = curves[method], curves["uniform"]
     ends = np.array([curve[-1][ACCURACY] for curve in runs])
     costs = run_costs(runs, TOKENS)
     cells = [objective, f"{method}, {len(runs)} seeds",
-             f"{tune(records, objective, method)[1]:g}, {pilot}{alpha}",
+             f"{tune(records, objective, method)[1]:g}, {pilot_and_alpha(objective, method)}",
              ", ".join(f"{cost / 1000:.0f}" for cost in costs.mean(axis=0)),
              ", ".join(f"{share:.0%}" for share in (costs == BUDGET[TOKENS]).mean(axis=0))]
     seconds = {name: np.mean([record["seconds_a_step"] for record in
@@ -236,7 +252,7 @@ def row(records: list[dict], objective: str, method: str, curves: dict) -> str:
                for name in (method, "uniform")}
     cells += [f"{seconds[method]:.3f}", f"{ends.mean():.3f}"]
     if method == "uniform":
-        return "| " + " | ".join(cells + ["1", "1", "1", "0"]) + " |"
+        return [*cells, "1", "1", "1", "0"]
 
     cells.append(with_interval(speed, run_costs(of_uniform, TOKENS), costs))
     in_seconds = [run_costs(of_uniform, STEP) * seconds["uniform"],
@@ -246,7 +262,7 @@ def row(records: list[dict], objective: str, method: str, curves: dict) -> str:
     cells.append(with_interval(speed, run_costs(of_uniform, SAMPLES), run_costs(runs, SAMPLES)))
     areas = [np.array([mean_accuracy(curve) for curve in x]) for x in (of_uniform, runs)]
     cells.append(with_interval(points_above, *areas))
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def main() -> None:
@@ -289,7 +305,7 @@ def main() -> None:
                     key = ("time", objective, method, rate, seed)
                     parts = ((TIMED_STEPS, TIMED_STEPS),)
                     run_and_keep(dict(zip(KEY, key)), parts=parts, eval_samples=1)
-    print(short_table(records()) if args.what == "short" else table(records()))
+    print(table(records(), SHORT) if args.what == "short" else table(records()))
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ class Observer:
         table = estimate(result[1], batch, args.weighting, norm_of=approximate_norm)
         right, wrong = table["num_right"], table["num_drawn"] - table["num_right"]
         for layer, states in enumerate(layers, start=1):
-            for predictor.SPREAD in SPREADS:
-                key = layer, predictor.SPREAD
+            for spread in SPREADS:
+                predictor.SPREAD, key = spread, (layer, spread)
                 mine = self.predictors.setdefault(key, Predictor({}))
                 features = mine.features(states)
                 mu, _ = mine.weights(features, lambda p, norm_right, norm_wrong: p)

@@ -167,3 +167,15 @@ def test_the_records_are_of_256_prompts_with_32_samples_each(capsys):
     real_gradient.main(["table"])
     found = dict(line[2:].split(" | ", 1) for line in capsys.readouterr().out.splitlines() if "layer | 512" in line)
     assert found.keys() == {"middle layer", "last layer"}
+
+
+def test_the_readmes_have_the_tables_of_the_records(capsys):
+    real_gradient.main(["table"])
+    tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    readme, front = ((ROOT / name).read_text() for name in ("figures/README.md", "README.md"))
+    assert len(tables) == 24 and all(line in readme for line in tables)
+    in_tokens = {tuple(line.strip("| ").split(" | ")[:2]): line.strip("| ").split(" | ")[-1] for line in tables[8:]}
+    for objective in ("raft", "grpo"):
+        cells = [in_tokens[objective, way] for way in ("published", "predicted", "wider pool", "known, wider pool")]
+        assert f"| {objective.upper()} | {' | '.join(cells)} |" in front
+    assert f"would be {in_tokens['grpo', 'known, wider pool'].split()[0]} times as much" in " ".join(front.split())

@@ -74,7 +74,7 @@ def test_a_row_of_the_table_by_hand():
     cells = published.split(" | ")
     assert cells[2:7] == ["0.0003, 2, 0.001", "3, 4, 4", "0%, 0%, 0%", "0.300", "0.500"]
     assert [cell.split()[0] for cell in cells[7:10]] == ["0.50", "0.67", "2.00"]  # in tokens, seconds, samples
-    short = [line.strip("| ").split(" | ") for line in speed.short_table(records).splitlines()]
+    short = [line.strip("| ").split(" | ") for line in speed.table(records, speed.SHORT).splitlines()]
     assert short[2] == ["raft", "uniform, 2 seeds", "2, 2, 2", "1", "1", "1", "0"] and short[3][3] == cells[7] and len(short) == 4
     assert speed.table(records[: len(records) // 2]).count("uniform") == 1 and speed.table([]).count("\n") == 1
 
@@ -93,4 +93,18 @@ def test_the_readmes_have_the_tables_of_the_records():
     assert len({tuple(record[name] for name in speed.KEY) for record in records}) == len(records)
     readme = (ROOT / "figures" / "README.md").read_text()
     assert all(line in readme for line in speed.table(records).splitlines())
-    assert all(line in front for line in speed.short_table(records).splitlines())
+    assert all(line in front for line in speed.table(records, speed.SHORT).splitlines())
+
+
+@pytest.mark.slow
+def test_the_first_screen_says_what_the_records_say():
+    front = " ".join((ROOT / "README.md").read_text().split())  # sentences run over lines
+    rows = {(row[0], row[1].split(",")[0]): row for row in speed.rows_of(speed.read_rows(speed.RECORDS))}
+    in_tokens = {key: row[7].replace("(", "").replace(")", "").split(" ", 1) for key, row in rows.items() if key[1] != "uniform"}
+    (raft, raft_range), (grpo, grpo_range) = in_tokens["raft", "published"], in_tokens["grpo", "published"]
+    seeds = [rows[objective, "uniform"][1].split()[1] for objective in ("raft", "grpo")]
+    assert (f"{raft} times fewer response **tokens** than equal counts for RAFT (95 % interval over {seeds[0]} pairs of seeds for RAFT, "
+            f"{seeds[1]} for GRPO: {raft_range}) and {grpo} for GRPO ({grpo_range})") in front
+    assert f"it is {rows['raft', 'wider pool'][7]} and {rows['grpo', 'wider pool'][7]}:" in front
+    quick = [rows[key][8].split()[0] for key in (("raft", "published"), ("grpo", "published"), ("raft", "wider pool"), ("grpo", "wider pool"))]
+    assert "the published method is {} and {} times as fast as equal counts, the other {} and {}.".format(*quick) in front
