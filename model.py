@@ -32,6 +32,11 @@ def decoder_layers(model) -> list[nn.Module]:
             if names & {kind.__name__ for kind in type(module).__mro__}]
 
 
+def summarise_states(hidden: torch.Tensor) -> torch.Tensor:
+    """Of a prompt's states, (time, hidden): the last token's, and their mean; (2 hidden,)."""
+    return torch.cat([hidden[-1], hidden.mean(dim=0)])
+
+
 class Policy(nn.Module):
     """A causal language model: pi = softmax(W h / T), of which responses are scored and trained.
 
@@ -81,8 +86,8 @@ class Policy(nn.Module):
         state of its last token, and the mean over its tokens."""
         with self._autocast():
             hidden = self._middle_states(input_ids)
-            prompts = [row[is_prompt].double() for row, is_prompt in zip(hidden, prompt_mask)]
-            return torch.stack([torch.cat([row[-1], row.mean(dim=0)]) for row in prompts])
+            return torch.stack([summarise_states(row[is_prompt].double())
+                                for row, is_prompt in zip(hidden, prompt_mask)])
 
     def _autocast(self):
         """bf16 on CUDA. Its cache would hold a bf16 copy of the whole model."""

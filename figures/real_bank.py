@@ -35,6 +35,7 @@ from allocator import summarise_samples  # noqa: E402
 from data import TRAINING, Problem, Sample, add_data_flags, load_prompts  # noqa: E402
 from files import read_rows  # noqa: E402
 from grader import Grader  # noqa: E402
+from model import summarise_states  # noqa: E402
 from pretrained import add_model_flags, load_model  # noqa: E402
 from run import InputError, positive_int, print0  # noqa: E402
 from sampler import add_sampler_flags, draw, make_sampler  # noqa: E402
@@ -78,7 +79,8 @@ def score(model, sketch: Sketch, prompt_ids: list[int], responses: list[np.ndarr
     ids = torch.tensor([prompt_ids])
     prompt = model.base_model(ids, use_cache=True, output_hidden_states=True)
     layers = prompt.hidden_states  # the embeddings, then one for each layer
-    kept = {"middle": describe(layers[len(layers) // 2]), "last": describe(layers[-1])}
+    kept = {name: summarise_states(layer[0]).numpy()
+            for name, layer in (("middle", layers[len(layers) // 2]), ("last", layers[-1]))}
 
     rows = pad_sequence([torch.from_numpy(ids).long() for ids in responses], batch_first=True)
     cache = prompt.past_key_values
@@ -103,12 +105,6 @@ def score(model, sketch: Sketch, prompt_ids: list[int], responses: list[np.ndarr
 def padded(row: np.ndarray, width: int) -> np.ndarray:
     """A row with zeros behind it."""
     return np.pad(row, (0, width - len(row)))
-
-
-def describe(hidden: torch.Tensor) -> np.ndarray:
-    """The last token's state beside the mean over tokens, (2 hidden,), of a layer's, (1, time,
-    hidden)."""
-    return torch.cat([hidden[0, -1], hidden[0].mean(dim=0)]).numpy()
 
 
 def entry(model, sketch: Sketch, problem: Problem, samples: list[Sample], task: str,

@@ -24,6 +24,7 @@ import raft  # noqa: E402
 from batches import approximate_norm  # noqa: E402
 from data import problems_of_step  # noqa: E402
 from gvm import e_step, estimate  # noqa: E402
+from model import summarise_states  # noqa: E402
 from predictor import Predictor  # noqa: E402
 
 SPREADS = (1.0, 1.6, 2.9)
@@ -38,7 +39,7 @@ def states_by_layer(model, problems) -> np.ndarray:
     for problem in problems:
         ids = torch.tensor([problem.prompt_ids], device=model.device)
         hidden = model.base_model(ids, output_hidden_states=True, use_cache=False).hidden_states
-        found.append([torch.cat([layer[0, -1], layer[0].mean(dim=0)]).double().cpu().numpy()
+        found.append([summarise_states(layer[0].double()).cpu().numpy()
                       for layer in hidden[1:]])  # the first are the embeddings
     return np.array(found).swapaxes(0, 1)
 
