@@ -27,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import methods  # noqa: E402 (lies in this folder, and needs the project's modules, one folder up)
-from speed import first_reached  # noqa: E402 (likewise)
+from measure import first_reached  # noqa: E402 (lies here as well)
 
 from files import read_rows  # noqa: E402
 

@@ -11,10 +11,10 @@ import numpy as np
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
 
-import real_gradient  # noqa: E402 (both lie in this folder)
-import speed  # noqa: E402
-
-from files import read_rows  # noqa: E402
+import real_gradient  # noqa: E402 (all lie in this folder)
+from measure import ACCURACY, TOKENS  # noqa: E402
+from speed import SETTINGS, read_records  # noqa: E402
+from speed_table import groups_of  # noqa: E402
 
 STYLES = {  # of the toy's curves: (label, how it is drawn)
     "uniform": ("uniform", {"color": "black", "linestyle": ":", "marker": "o"}),
@@ -33,16 +33,14 @@ LOWEST = 0.05
 
 def draw_curves(axes, records: list[dict], objective: str) -> None:
     """Accuracy against tokens, mean and 95 % interval over the seeds that all methods have."""
-    groups = {method: speed.records_of(records, "report", objective, method) for method in STYLES}
-    seeds = sorted(set.intersection(*map(set, groups.values())))
+    groups = groups_of(SETTINGS["toy"], records, objective)
     for method, (label, style) in STYLES.items():
-        curves = np.array([groups[method][seed]["curve"] for seed in seeds])
-        tokens = curves[..., speed.TOKENS].mean(axis=0) / 1000
-        accuracy = curves[..., speed.ACCURACY]
-        half = 1.96 * accuracy.std(axis=0, ddof=1) / np.sqrt(len(seeds))
+        curves = np.array([record["curve"] for record in groups[method].runs])
+        tokens, accuracy = curves[..., TOKENS].mean(axis=0) / 1000, curves[..., ACCURACY]
+        half = 1.96 * accuracy.std(axis=0, ddof=1) / np.sqrt(len(curves))
         axes.errorbar(tokens, accuracy.mean(axis=0), half, label=label, capsize=2, linewidth=1.2,
                       markersize=4, **style)
-    axes.set(title=f"the toy: {objective.upper()}, {len(seeds)} seeds",
+    axes.set(title=f"the toy: {objective.upper()}, {len(curves)} seeds",
              xlabel="thousand response tokens, pilot included", ylabel="accuracy, 95 % interval",
              xlim=(0, 170))
     axes.legend(frameon=False, loc="lower right")
@@ -66,11 +64,12 @@ def draw_gradient(axes, records: list[dict]) -> None:
     axes.legend(frameon=False, loc="lower left")
 
 
-def main() -> None:
-    """Draw overview.png."""
+def draw(path: Path) -> None:
+    """All three panels, as a file."""
     from matplotlib import pyplot as plt
 
-    toy, real = read_rows(speed.RECORDS), read_rows(real_gradient.RECORDS)
+    toy = read_records(SETTINGS["toy"].records_path)
+    real = read_records(real_gradient.RECORDS)
     _, axes = plt.subplots(1, 3, figsize=(13, 4))
     for panel, objective in zip(axes, ("raft", "grpo")):
         draw_curves(panel, toy, objective)
@@ -78,8 +77,8 @@ def main() -> None:
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
     plt.tight_layout()
-    plt.savefig(FOLDER / "overview.png", dpi=120)
+    plt.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
-    main()
+    draw(FOLDER / "overview.png")

@@ -1,4 +1,4 @@
-"""README.md: the code that it shows does what it says."""
+"""README.md and tests/README.md: the code that they show does what they say."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ from losses import OBJECTIVES, Objective
 from run import InputError
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README + (ROOT / "tests" / "README.md").read_text(), re.DOTALL)
 ONE_STEP = [*map(str, SMALL[:-1]), "1"]
 
 

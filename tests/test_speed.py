@@ -1,6 +1,7 @@
-"""figures/speed.py: costs, speed and areas by hand, what is run next, two steps of each method, README's table."""
+"""figures/measure.py, tuning.py, speed.py, speed_table.py: costs, speed and areas by hand, what is run next, steps of each method, README's tables."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,97 +10,190 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "figures"))
 
 import speed  # noqa: E402 (lies in figures/)
+import speed_table  # noqa: E402
+import tuning  # noqa: E402
+from measure import SAMPLES, STEP, TOKENS, first_reached, mean_accuracy, mixed_pairs  # noqa: E402
+from measure import points_above, run_costs, speedup, with_interval  # noqa: E402
 
-CURVE = [[0, 0, 0, 0.4], [5, 100, 1000, 0.5], [10, 200, 2000, 0.6], [15, 300, 3000, 0.5]]
+CURVE = [[0, 0, 0, 0.4], [5, 100, 1000, 0.5], [10, 200, 2000, 0.6], [15, 300, 4000, 0.5]]
+TOY = speed.SETTINGS["toy"]
+TUNING_SEEDS = TOY.search_seeds + TOY.final_seeds
+ALL = (speed.SETTINGS["toy"], speed.SETTINGS["real"])
 
 
 def record(stage="tune", method="published", rate=3e-4, seed=100, curve=CURVE) -> dict:
-    return dict(zip(speed.KEY, (stage, "raft", method, rate, seed))) | {"curve": curve}
+    return dict(zip(tuning.KEY, (stage, "raft", method, rate, seed))) | {"curve": curve}
 
 
 def test_what_a_run_costs_by_hand():
-    assert speed.run_cost(CURVE, speed.TOKENS, 0.55) == pytest.approx(1500)
-    assert speed.run_cost(CURVE, speed.SAMPLES, 0.55) == pytest.approx(150)
-    assert speed.run_cost(CURVE, speed.TOKENS, 0.61) == speed.BUDGET[speed.TOKENS]  # never
-    late = [[step, samples, 100 * tokens, accuracy] for step, samples, tokens, accuracy in CURVE]
-    assert speed.run_cost(late, speed.TOKENS, 0.6) == speed.BUDGET[speed.TOKENS]  # after it has spent 200 thousand
-    assert speed.run_cost(CURVE, speed.STEP, 0.5) == pytest.approx(5)
-    costs = speed.run_costs([CURVE, CURVE], speed.TOKENS)
-    assert costs == pytest.approx(np.array([[1500, 1800, 2000]] * 2))
+    assert first_reached(CURVE, TOKENS, 0.55) == pytest.approx(1500)
+    assert first_reached(CURVE, SAMPLES, 0.55) == pytest.approx(150)
+    assert first_reached(CURVE, STEP, 0.5) == pytest.approx(5)
+    assert first_reached(CURVE, TOKENS, 0.61) == np.inf
+    with pytest.raises(ValueError, match="starts at 0.4"):
+        first_reached(CURVE, TOKENS, 0.4)
+    costs = run_costs([CURVE, CURVE], TOKENS, (0.55, 0.6, 0.61), budget=1900)
+    assert costs == pytest.approx(np.array([[1500, 1900, 1900]] * 2))  # after the budget is spent, or never: the budget
 
 
 def test_speed_and_area_by_hand():
     even, ours = np.array([[10.0, 20, 40], [30, 20, 40]]), np.array([[5.0, 10, 40], [15, 10, 40]])
-    assert speed.speed(even, ours) == pytest.approx((2 * 2 * 1) ** (1 / 3))
-    assert speed.with_interval(speed.speed, ours, ours) == "1.00 (1.00 to 1.00)"
-    paired = speed.with_interval(speed.speed, even, even / 2)  # each pair says 2, however its runs differ
+    assert speedup(even, ours) == pytest.approx((2 * 2 * 1) ** (1 / 3))
+    assert with_interval(speedup, ours, ours) == "1.00 (1.00 to 1.00)"
+    paired = with_interval(speedup, even, even / 2)  # each pair says 2, however its runs differ
     assert paired == "2.00 (2.00 to 2.00)"
-    line = [[0, 0, 0, 0.4], [1, 0, speed.BUDGET[speed.TOKENS], 0.6], [2, 0, 10**6, 0.9]]
-    assert speed.mean_accuracy(line) == pytest.approx(0.5) and speed.points_above(np.array([0.5, 0.5]), np.array([0.6, 0.5])) == pytest.approx(5)
+    line = [[0, 0, 0, 0.4], [1, 0, 1000, 0.6], [2, 0, 10**6, 0.9]]
+    assert mean_accuracy(line, budget=1000) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="below 2000000"):
+        mean_accuracy(line, budget=2 * 10**6)
+    assert points_above(np.array([0.5, 0.5]), np.array([0.6, 0.5])) == pytest.approx(5)
+
+
+def test_mixed_pairs_by_hand_and_whatever_decides_about_group_sizes():
+    def rows_of(groups: dict) -> list[dict]:
+        return [{"problem": problem, "index": i, "score": score} for problem, scores in groups.items() for i, score in enumerate(scores)]
+
+    rows = rows_of({"a": [1, 0], "b": [1, 1], "c": [1, 1, 0, 0], "d": [1]})
+    assert mixed_pairs(rows) == mixed_pairs(rows[::-1]) == pytest.approx(1 / 3)
+    assert mixed_pairs(rows[-1:]) is None
+    drawn = (np.random.default_rng(0).random((20_000, 6)) < 0.3).astype(float)
+    adaptive = {i: scores if scores[:2].any() else scores[:2] for i, scores in enumerate(drawn)}  # as a pilot of two has it
+    assert mixed_pairs(rows_of(adaptive)) == pytest.approx(0.42, abs=0.01)  # 2 p (1 - p)
 
 
 def test_the_rate_is_tuned_by_the_cost_in_tokens_before_anything_is_reported():
     dear = [[step, samples, 2 * tokens, accuracy] for step, samples, tokens, accuracy in CURVE]
+    first_two, grid = TOY.search_seeds, (7.5e-5, 1.5e-4, 3e-4)
 
-    def tuning(*rates) -> list[dict]:
-        return [record(rate=rate, seed=seed, curve=CURVE if rate == 1.5e-4 else dear) for rate in rates for seed in speed.TUNING_SEEDS]
+    def tuned(*rates, seeds=first_two) -> list[dict]:
+        return [record(rate=rate, seed=seed, curve=CURVE if rate == 1.5e-4 else dear) for rate in rates for seed in seeds]
 
-    assert speed.tune([], "raft", "published") == ({1.5e-4, 3e-4}, None)
-    assert speed.tune(tuning(1.5e-4, 3e-4), "raft", "published") == ({7.5e-5, 1.5e-4, 3e-4}, None)  # the best is on an edge
-    records = tuning(7.5e-5, 1.5e-4, 3e-4)
-    assert speed.tune(records, "raft", "published") == ({7.5e-5, 1.5e-4, 3e-4}, 1.5e-4)
-    assert speed.tune(records[:-1], "raft", "published")[1] is None
-    missing = speed.missing_runs(records[:-1], ["raft"], ["published"])
-    assert [tuple(run.values()) for run in missing] == [("tune", "raft", "published", 3e-4, speed.TUNING_SEEDS[-1])]
-    missing = speed.missing_runs(records, ["raft"], ["published"])
-    assert [run["seed"] for run in missing] == list(speed.SEEDS) and {run["rate"] for run in missing} == {1.5e-4}
-    assert not set(speed.SEEDS) & set(speed.TUNING_SEEDS)
-    done = [record("report", rate=1.5e-4, seed=seed) for seed in speed.SEEDS[:-1]]
-    assert len(speed.missing_runs(records + done, ["raft"], ["published"])) == 1
+    def tried(records) -> tuple[set, float | None]:
+        wanted, best = tuning.tune(TOY, records, "raft", "published")
+        assert all((rate, seed) in wanted for rate, _ in wanted for seed in first_two)
+        return {rate for rate, _ in wanted}, best
+
+    assert tried([]) == ({1.5e-4, 3e-4}, None)
+    assert tried(tuned(1.5e-4, 3e-4)) == (set(grid), None)  # the best is on an edge
+    searched = tuned(*grid)
+    wanted, best = tuning.tune(TOY, searched, "raft", "published")
+    assert best is None and {seed for rate, seed in wanted if rate == 1.5e-4} == set(TUNING_SEEDS)
+    assert len({rate for rate, seed in wanted if seed in TOY.final_seeds}) == 2  # the best two
+    records = searched + tuned(7.5e-5, 1.5e-4, seeds=TOY.final_seeds)
+    assert tried(records) == (set(grid), 1.5e-4)
+    missing = tuning.missing_runs(TOY, records[:-1], ["raft"], ["published"])
+    assert [tuple(run.values()) for run in missing] == [("tune", "raft", "published", 1.5e-4, TUNING_SEEDS[-1])]
+    missing = tuning.missing_runs(TOY, records, ["raft"], ["published"])
+    assert [run["seed"] for run in missing] == list(TOY.seeds) and {run["rate"] for run in missing} == {1.5e-4}
+    done = [record("report", rate=1.5e-4, seed=seed) for seed in TOY.seeds[:-1]]
+    assert len(tuning.missing_runs(TOY, records + done, ["raft"], ["published"])) == 1
     others = [record("report", rate=3e-4, seed=7)]
-    assert speed.records_of(records + done + others, "report", "raft", "published").keys() == set(speed.SEEDS[:-1])
+    assert tuning.records_of(TOY, records + done + others, "report", "raft", "published").keys() == set(TOY.seeds[:-1])
+    assert len(tuning.runs_to_time(TOY, records, ["raft"], ["published", "uniform"])) == len(tuning.TIMED_SEEDS)
+
+
+def test_the_last_seeds_may_overrule_the_first():
+    """2e-4 is ahead on the first two seeds, 1e-4 on all four; then half of 1e-4 has to be tried as well."""
+    costs = {1e-4: (1500, 1500, 1500, 1500), 2e-4: (1400, 1400, 1800, 1800), 4e-4: (1900,) * 4, 5e-5: (1900,) * 4}
+
+    def tuned(rate, seeds) -> list[dict]:
+        return [record(rate=rate, seed=seed, curve=[[0, 0, 0, 0.4], [1, 64, cost, 0.7]])
+                for seed, cost in zip(TUNING_SEEDS, costs[rate]) if seed in seeds]
+
+    setting = replace(TOY, first_rates=(1e-4, 2e-4, 4e-4), accuracies=(0.5, 0.6), budget=(100, 6400, 10**6))
+    records = [row for rate in (1e-4, 2e-4, 4e-4) for row in tuned(rate, TOY.search_seeds)]
+    records += [row for rate in (1e-4, 2e-4) for row in tuned(rate, TOY.final_seeds)]
+    wanted, best = tuning.tune(setting, records, "raft", "published")
+    assert best is None and (5e-5, 100) in wanted
+    assert tuning.tune(setting, records + tuned(5e-5, TOY.search_seeds), "raft", "published")[1] == 1e-4
+
+
+@pytest.mark.parametrize("setting", ALL)
+def test_no_reported_seed_was_tuned_by(setting):
+    assert not set(setting.seeds) & {*setting.search_seeds, *setting.final_seeds, *tuning.TIMED_SEEDS}
+    assert setting.budget[SAMPLES] == setting.budget[STEP] * speed.PROMPTS * speed.SAMPLES_EACH
+    assert setting.parts[-1][0] == setting.budget[STEP] and list(setting.accuracies) == sorted(setting.accuracies)
 
 
 def test_a_row_of_the_table_by_hand():
     """Twice the tokens of CURVE's runs in half of the steps, each of which takes three times as long."""
     dear = [[step / 2, samples / 2, 2 * tokens, accuracy] for step, samples, tokens, accuracy in CURVE]
     records = []
+    setting = replace(TOY, budget=(120, 7680, 3500))
     for method, curve, seconds in (("uniform", CURVE, 0.1), ("published", dear, 0.3)):
         records += [record(method=method, rate=rate, seed=seed, curve=curve if rate == 3e-4 else CURVE[:1])
-                    for rate in (1.5e-4, 3e-4, 6e-4) for seed in speed.TUNING_SEEDS]
+                    for rate in (1.5e-4, 3e-4, 6e-4) for seed in TUNING_SEEDS]
         records += [record("report", method, seed=seed, curve=curve) for seed in (400, 401)]
         records.append(record("time", method) | {"seconds_a_step": seconds})
-    uniform, published = speed.table(records).splitlines()[2:]
+    uniform, published = speed_table.table(setting, records).splitlines()[2:]
     assert uniform == "| raft | uniform, 2 seeds | 0.0003, none | 2, 2, 2 | 0%, 0%, 0% | 0.100 | 0.500 | 1 | 1 | 1 | 0 |"
     cells = published.split(" | ")
-    assert cells[2:7] == ["0.0003, 2, 0.001", "3, 4, 4", "0%, 0%, 0%", "0.300", "0.500"]
-    assert [cell.split()[0] for cell in cells[7:10]] == ["0.50", "0.67", "2.00"]  # in tokens, seconds, samples
-    short = [line.strip("| ").split(" | ") for line in speed.table(records, speed.SHORT).splitlines()]
-    assert short[2] == ["raft", "uniform, 2 seeds", "2, 2, 2", "1", "1", "1", "0"] and short[3][3] == cells[7] and len(short) == 4
-    assert speed.table(records[: len(records) // 2]).count("uniform") == 1 and speed.table([]).count("\n") == 1
+    assert cells[2:7] == ["0.0003, 2, 0.001", "3, 4, 4", "0%, 100%, 100%", "0.300", "0.500"]
+    assert cells[7].split()[0] == f"{(1500 / 3000 * 1800 / 3500 * 2000 / 3500) ** (1 / 3):.2f}"
+    assert [cell.split()[0] for cell in cells[8:10]] == ["0.67", "2.00"]  # in seconds, samples
+    short = [line.strip("| ").split(" | ") for line in speed_table.table(setting, records, speed_table.SHORT).splitlines()]
+    assert short[0][2] == "thousand tokens to 0.55, 0.58, 0.60" and len(short) == 4
+    assert short[2] == ["raft", "uniform, 2 seeds", "2, 2, 2", "1", "1", "1", "0"] and short[3][3] == cells[7]
+    assert speed_table.table(setting, records[: len(records) // 2]).count("uniform") == 1
+    assert speed_table.table(setting, []).count("\n") == 1
+
+
+def test_who_never_arrives_pays_the_budget_in_seconds_too():
+    """A step takes half of uniform's time; what the run costs is still the seconds of the budget's steps of uniform."""
+    never = [[0, 0, 0, 0.4], [120, 7680, 10**6, 0.5]]
+    uniform = speed_table.Group(rate=1e-4, seconds=0.2, runs=[record(curve=CURVE)] * 2)
+    group = speed_table.Group(rate=1e-4, seconds=0.1, runs=[record(curve=never)] * 2)
+    setting = replace(TOY, budget=(120, 7680, 2500))
+    expected = np.prod(np.array([7.5, 9, 10]) / 120) ** (1 / 3)
+    assert speed_table.row(setting, "raft", "published", group, uniform)[8].split()[0] == f"{expected:.2f}"
+
+
+def test_the_steps_in_thirds_by_hand():
+    steps = [{"step": i, "prompts_sometimes": i / 10, "mixed_pairs": None if i == 1 else 0.5, "accept_rate": 0.2,
+              "predicted_accept_rate": None, "prediction_correlation": None if i < 3 else 0.6} for i in range(1, 7)]
+    records = [record("tune", "uniform", rate, seed) for rate in (1.5e-4, 3e-4, 6e-4) for seed in TUNING_SEEDS]
+    records += [record("report", "uniform", 3e-4, seed) | {"steps": steps} for seed in (400, 401)]
+    records = [record if record["rate"] == 3e-4 else record | {"curve": CURVE[:1]} for record in records]
+    cells, = speed_table.step_rows(TOY, records)
+    assert cells == ["raft", "uniform, 2 seeds", "0.15, 0.35, 0.55", "0.50, 0.50, 0.50", "0.20, 0.20, 0.20", "", "0.60, 0.60"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", speed.METHODS)
 def test_two_steps_of_each_method_spend_the_same(method):
-    done = speed.run(record("time", method, seed=0), parts=((1, 1), (2, 1)), eval_samples=1)
+    tiny = replace(TOY, parts=((1, 1), (2, 1)), eval_samples=1, timed_steps=2, keep_steps=True)
+    folder = ROOT / "tests" / "toy"
+    done = speed.run(tiny, record("report", method, seed=0), folder)
     assert [(step, samples) for step, samples, *_ in done["curve"]] == [(0, 0), (1, 64), (2, 128)]
-    assert 0 < done["seconds_a_step"] < 60
+    assert [step["step"] for step in done["steps"]] == [1, 2] and all(0 <= step["mixed_pairs"] <= 1 for step in done["steps"])
+    timed = speed.run(tiny, record("time", method, seed=0), folder)
+    assert 0 < timed["seconds_a_step"] < 60 and [step for step, *_ in timed["curve"]] == [0, 2]
+
+
+@pytest.mark.slow
+def test_the_figure_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    import overview
+
+    overview.draw(tmp_path / "overview.png")
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
 def test_the_readmes_have_the_tables_of_the_records():
-    records, front = speed.read_rows(speed.RECORDS), (ROOT / "README.md").read_text()
-    assert len({tuple(record[name] for name in speed.KEY) for record in records}) == len(records)
-    readme = (ROOT / "figures" / "README.md").read_text()
-    assert all(line in readme for line in speed.table(records).splitlines())
-    assert all(line in front for line in speed.table(records, speed.SHORT).splitlines())
+    front, readme = ((ROOT / name).read_text() for name in ("README.md", "figures/README.md"))
+    for setting in ALL:
+        records = speed.read_records(setting.records_path)
+        assert len({tuple(record[name] for name in tuning.KEY) for record in records}) == len(records)
+        rows = speed_table.table(setting, records).splitlines()[2:]
+        assert (rows or setting is not TOY) and all(line in readme for line in rows)
+    assert all(line in front for line in speed_table.table(TOY, speed.read_records(TOY.records_path), speed_table.SHORT).splitlines())
 
 
 @pytest.mark.slow
 def test_the_first_screen_says_what_the_records_say():
     front = " ".join((ROOT / "README.md").read_text().split())  # sentences run over lines
-    rows = {(row[0], row[1].split(",")[0]): row for row in speed.rows_of(speed.read_rows(speed.RECORDS))}
+    rows = {(row[0], row[1].split(",")[0]): row for row in speed_table.rows_of(TOY, speed.read_records(TOY.records_path))}
     in_tokens = {key: row[7].replace("(", "").replace(")", "").split(" ", 1) for key, row in rows.items() if key[1] != "uniform"}
     (raft, raft_range), (grpo, grpo_range) = in_tokens["raft", "published"], in_tokens["grpo", "published"]
     seeds = [rows[objective, "uniform"][1].split()[1] for objective in ("raft", "grpo")]
