@@ -230,11 +230,13 @@ def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
+def with_range(values: list[float]) -> str:
+    """A median and its range, (3,), as a cell."""
+    return "{:.2f} ({:.2f} to {:.2f})".format(*values)
+
+
 def table(args) -> None:
     """Print the records as tables."""
-    def with_range(values: list[float]) -> str:
-        return "{:.2f} ({:.2f} to {:.2f})".format(*values)
-
     records = read_rows(args.records)
     for row in records:
         if "fact" in row:

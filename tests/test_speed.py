@@ -9,7 +9,8 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "figures"))
 
-import speed  # noqa: E402 (lies in figures/)
+import real_gradient  # noqa: E402 (all lie in figures/)
+import speed  # noqa: E402
 import speed_table  # noqa: E402
 import tuning  # noqa: E402
 from measure import SAMPLES, STEP, TOKENS, first_reached, mean_accuracy, mixed_pairs  # noqa: E402
@@ -194,11 +195,13 @@ def test_the_readmes_have_the_tables_of_the_records():
 def test_the_first_screen_says_what_the_records_say():
     front = " ".join((ROOT / "README.md").read_text().split())  # sentences run over lines
     rows = {(row[0], row[1].split(",")[0]): row for row in speed_table.rows_of(TOY, speed.read_records(TOY.records_path))}
-    in_tokens = {key: row[7].replace("(", "").replace(")", "").split(" ", 1) for key, row in rows.items() if key[1] != "uniform"}
-    (raft, raft_range), (grpo, grpo_range) = in_tokens["raft", "published"], in_tokens["grpo", "published"]
-    seeds = [rows[objective, "uniform"][1].split()[1] for objective in ("raft", "grpo")]
-    assert (f"{raft} times fewer response **tokens** than equal counts for RAFT (95 % interval over {seeds[0]} pairs of seeds for RAFT, "
-            f"{seeds[1]} for GRPO: {raft_range}) and {grpo} for GRPO ({grpo_range})") in front
-    assert f"it is {rows['raft', 'wider pool'][7]} and {rows['grpo', 'wider pool'][7]}:" in front
-    quick = [rows[key][8].split()[0] for key in (("raft", "published"), ("grpo", "published"), ("raft", "wider pool"), ("grpo", "wider pool"))]
-    assert "the published method is {} and {} times as fast as equal counts, the other {} and {}.".format(*quick) in front
+    real = {(row["objective"], row["way"]): row["speed_per_token"] for row in speed.read_rows(real_gradient.RECORDS) if "way" in row}
+    shown = {"published": "GVM as published", "wider pool": "`p` of 64 candidates predicted, an addition"}
+    for method, name in shown.items():
+        cells = [rows[objective, method][7] for objective in ("raft", "grpo")]
+        cells += [real_gradient.with_range(real[objective, method]) for objective in ("raft", "grpo")]
+        assert f"| {name} | {' | '.join(cells)} |" in front
+    assert f"over {rows['raft', 'uniform'][1].split()[1]} pairs of seeds" in front
+    assert rows["raft", "uniform"][1] == rows["grpo", "uniform"][1]
+    quick = [rows[objective, method][8] for method in shown for objective in ("raft", "grpo")]
+    assert "the published method is {} times as fast for RAFT and {} for GRPO, predictions {} and {}.".format(*quick) in front
