@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import methods  # noqa: E402 (lies in this folder, and needs the project's modules, one folder up)
 from measure import first_reached  # noqa: E402 (lies here as well)
+from speed import read_records  # noqa: E402
 
 from files import read_rows  # noqa: E402
 
@@ -109,11 +110,6 @@ def append(path: Path, record: dict) -> None:
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(*(record[name] for name in KEY), record["curve"][-1:], flush=True)
-
-
-def read(path: Path) -> list[dict]:
-    """The records."""
-    return read_rows(path) if path.exists() else []
 
 
 def tune(records: list[dict], objective: str, method: str) -> tuple[list[tuple], tuple | None]:
@@ -266,16 +262,16 @@ def main() -> None:
 
     if args.what == "defaults":
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(run_and_keep, defaults(read(args.records))[0]))
-        print(defaults(read(args.records))[1])
+            list(pool.map(run_and_keep, defaults(read_records(args.records))[0]))
+        print(defaults(read_records(args.records))[1])
         return
     while args.what == "run" and time.monotonic() < deadline:
-        specs = wanted(read(args.records), args.objectives, args.methods, args.mixes)
+        specs = wanted(read_records(args.records), args.objectives, args.methods, args.mixes)
         if not specs:
             break
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(run_and_keep, specs))
-    print(table(read(args.records)))
+    print(table(read_records(args.records)))
 
 
 if __name__ == "__main__":

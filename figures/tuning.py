@@ -1,9 +1,9 @@
 """Which learning rate is best for a method, and which runs are missing: pure functions of records.
 
 A record is one run: KEY, its curve (see measure.py), and for the stage `time` the seconds of a
-step. The other stages are `tune` and `report`. The best rate has the lowest cost in tokens, the geometric
-mean over the accuracies. Every rate is tried on the setting's search_seeds, the best two on its
-final_seeds as well. Half and double of the best are tried, so that it is on no edge.
+step. The other stages are `tune` and `report`. The best rate has the lowest cost in tokens, the
+geometric mean over the accuracies. Every rate is tried on the setting's search_seeds, the best two
+on its final_seeds as well. Half and double of the best are tried, so that it is on no edge.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def tune(setting: Setting, records: list[dict], objective: str, method: str
         wanted = set(product(rates, setting.search_seeds))
         if not wanted <= curves.keys():
             return wanted, None
-        first, second = sorted(sorted(rates), key=lambda rate: cost(rate, setting.search_seeds))[:2]
+        first, second = sorted(rates, key=lambda rate: (cost(rate, setting.search_seeds), rate))[:2]
         best = first
         if {best / 2, best * 2} <= rates:
             wanted |= set(product((first, second), all_seeds))
@@ -75,11 +75,10 @@ def missing_runs(setting: Setting, records: list[dict], objectives, methods, onl
             tuning += [("tune", objective, method, *pair) for pair in sorted(wanted)]
             if best:
                 reported += [("report", objective, method, best, seed) for seed in setting.seeds]
-    there = {tuple(record[name] for name in KEY) for record in records}
-    missing = [key for key in tuning if key not in there]
+    missing = not_in(records, tuning)
     if not missing and not only_tune:
-        missing = sorted((key for key in reported if key not in there), key=lambda key: key[-1])
-    return [dict(zip(KEY, key)) for key in missing]
+        missing = not_in(records, sorted(reported, key=lambda key: key[-1]))
+    return missing
 
 
 def runs_to_time(setting: Setting, records: list[dict], objectives, methods) -> list[dict]:
@@ -87,8 +86,13 @@ def runs_to_time(setting: Setting, records: list[dict], objectives, methods) -> 
     TIMED_SEEDS. Methods that are not tuned yet are left out."""
     keys = [("time", objective, method, tune(setting, records, objective, method)[1], seed)
             for seed in TIMED_SEEDS for objective in objectives for method in methods]
+    return not_in(records, [key for key in keys if key[3] is not None])
+
+
+def not_in(records: list[dict], keys: list[tuple]) -> list[dict]:
+    """What is to be run of keys, values of KEY each: those that no record has, by name."""
     there = {tuple(record[name] for name in KEY) for record in records}
-    return [dict(zip(KEY, key)) for key in keys if key[3] and key not in there]
+    return [dict(zip(KEY, key)) for key in keys if key not in there]
 
 
 def records_of(setting: Setting, records: list[dict], stage: str, objective: str, method: str

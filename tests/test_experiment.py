@@ -54,7 +54,7 @@ def test_two_steps_of_each_method_spend_the_same(method):
 
 @pytest.mark.slow
 def test_the_readme_has_the_tables_of_the_records():
-    records, readme = experiment.read(experiment.RECORDS), (ROOT / "figures" / "README.md").read_text()
+    records, readme = experiment.read_records(experiment.RECORDS), (ROOT / "figures" / "README.md").read_text()
     assert len({tuple(record[name] for name in experiment.KEY) for record in records}) == len(records)
     missing, chosen = experiment.defaults(records)
     assert not missing and all(line in readme for line in f"{experiment.table(records)}\n{chosen}".splitlines())
