@@ -52,7 +52,7 @@ def test_no_digit_of_a_reference_can_be_changed(name):
 
 @pytest.mark.slow
 def test_so_many_problems_contain_a_formula_that_equals_their_answer(grader):
-    """Copied from the question, it counts: README says of how many problems."""
+    """Copied from the question, it counts: tests/README.md says of how many problems."""
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is not here")
     found = set()
@@ -60,7 +60,8 @@ def test_so_many_problems_contain_a_formula_that_equals_their_answer(grader):
         formulas = re.findall(r"\$([^$]+)\$", problem.question)
         verdicts = grader([f"\\boxed{{{formula}}}" for formula in formulas], [problem.answer] * len(formulas))
         found |= {problem.id for is_equal, _ in verdicts if is_equal}
-    assert f"  {len(found)} of the 500 MATH500 problems contain one" in (ROOT / "README.md").read_text()
+    said = f"{len(found)} of the 500 MATH500 problems contain one"
+    assert said in (ROOT / "tests" / "README.md").read_text()
 
 
 def test_math_verify_as_it_comes_is_another_reward():
