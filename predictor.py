@@ -20,7 +20,8 @@ import numpy as np
 
 FORGET = 0.98  # of what was learnt, how much is left after a step: the policy moves
 NUM_STATES = 256  # of each prompt, at most: regressions on them cost next to nothing
-SPREAD = 1.6  # between prompts, of ln p/q and of ln G: a standard deviation, before any sample
+SPREAD_LOG_ODDS = 1.6  # of ln p/q between prompts: a standard deviation, before any sample
+SPREAD_LOG_NORM = 0.5  # of ln G; narrow, since G+ of prompts never solved is only extrapolated
 LOGARITHMS = ("norm_right", "norm_wrong")  # of these columns of a table it learns the logarithms
 
 # What is believed about a single p is a distribution over a grid of log-odds ln p/q.
@@ -34,14 +35,15 @@ def logistic(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(x / 2))
 
 
-def first_precision(size: int) -> np.ndarray:
+def first_precision(size: int, is_share: bool) -> np.ndarray:
     """Of a regression's coefficients before any sample, (size, size); the last is the intercept.
 
-    Features are standardised: a precision of (size - 1) / SPREAD^2 for each of the others makes the
-    predictions of prompts differ by SPREAD. The intercept is left to the data: its prior weighs as
-    much as one sample with p = 1/2, whose curvature is p q = 1/4.
+    Features are standardised: a precision of (size - 1) / spread^2 for each of the others makes the
+    predictions of prompts differ by that spread. The intercept is left to the data: its prior
+    weighs as much as one sample with p = 1/2, whose curvature is p q = 1/4.
     """
-    return np.diag([(size - 1) / SPREAD**2] * (size - 1) + [0.25])
+    spread = SPREAD_LOG_ODDS if is_share else SPREAD_LOG_NORM
+    return np.diag([(size - 1) / spread**2] * (size - 1) + [0.25])
 
 
 def regress(belief: tuple, features, targets, weights, is_share: bool) -> tuple:
@@ -53,7 +55,7 @@ def regress(belief: tuple, features, targets, weights, is_share: bool) -> tuple:
     the number of samples behind it.
     """
     prior_mean, prior = belief
-    prior = FORGET * prior + (1 - FORGET) * first_precision(len(prior_mean))
+    prior = FORGET * prior + (1 - FORGET) * first_precision(len(prior_mean), is_share)
 
     def loss(c: np.ndarray) -> float:  # of shares: -ln of the posterior of c, but for a constant
         x, change = features @ c, c - prior_mean
@@ -94,7 +96,8 @@ def first_belief(states: np.ndarray) -> dict[str, np.ndarray]:
     known = {"centre": states.mean(axis=0), "scale": states.std(axis=0) + 1e-6}
     known["log_evidence"] = np.zeros(len(STRENGTHS))  # of each kappa
     for name in ("p", *LOGARITHMS):  # of p, ln p/q is linear in the features, q = 1 - p
-        known |= {f"{name}_mean": np.zeros(size), f"{name}_precision": first_precision(size)}
+        precision = first_precision(size, is_share=name == "p")
+        known |= {f"{name}_mean": np.zeros(size), f"{name}_precision": precision}
     return known
 
 

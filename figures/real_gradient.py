@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 (the project's modules lie one folder up)
 from real_bank import Bank, facts  # noqa: E402
+from speed import PREDICTED_ALPHA, PUBLISHED_ALPHA  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from allocator import allocate, gvm_weights, reward_weights  # noqa: E402
@@ -53,7 +54,6 @@ class Step:
     bank: Bank
     half: np.ndarray  # prompts of the bank
     objective: str
-    alpha: float
     predicted: np.ndarray  # weights, of all prompts of the bank
     rng: np.random.Generator
 
@@ -67,9 +67,9 @@ class Step:
         return self.rng.choice(self.half, number)
 
 
-def fitting_rule(objective: str, alpha: float):
-    """The rule that fits the objective, of (p, G+, G-)."""
-    gvm = partial(gvm_weights, alpha=alpha)
+def fitting_rule(objective: str):
+    """The rule that fits the objective, of (p, G+, G-); for p that is predicted, or known."""
+    gvm = partial(gvm_weights, alpha=PREDICTED_ALPHA)
     return {"raft": lambda p, right, wrong: gvm(p, right), "grpo": reward_weights}[objective]
 
 
@@ -85,7 +85,7 @@ def published(step: Step) -> tuple:
     prompts = step.choose(PROMPTS)
     pilot = step.draw(np.full(PROMPTS, PILOT))
     found = step.bank.summarise(prompts, *pilot)
-    weights = gvm_weights(found["accept_rate"], found["norm_right"], step.alpha)
+    weights = gvm_weights(found["accept_rate"], found["norm_right"], PUBLISHED_ALPHA)
     rest = step.draw(allocate(weights, BUDGET, min_samples=PILOT) - PILOT)
     return prompts, *map(np.concatenate, zip(pilot, rest))
 
@@ -97,7 +97,7 @@ def best(step: Step, candidates: int, is_known: bool) -> tuple:
     if is_known:
         p, *norms = (step.bank.known[name][prompts] for name in
                      ("accept_rate", "norm_right", "norm_wrong"))
-        weights = fitting_rule(step.objective, step.alpha)(p, *norms)
+        weights = fitting_rule(step.objective)(p, *norms)
     return prompts, *step.draw(allocate_or_leave(weights, BUDGET, SMALLEST[step.objective]))
 
 
@@ -153,7 +153,7 @@ def teach(bank: Bank, layer: str, teachers, others, rng) -> tuple[Predictor, lis
     """(a predictor that has learnt from one half, how it predicts the other's p on the way)."""
     predictor, states = Predictor({}), bank.columns[layer].astype(float)
     features, rows = predictor.features(states[teachers]), []
-    step = Step(bank, teachers, "raft", 0.0, np.zeros(0), rng)
+    step = Step(bank, teachers, "raft", np.zeros(0), rng)
     for number in range(1, len(teachers) // PROMPTS + 1):
         mine = np.arange((number - 1) * PROMPTS, number * PROMPTS)
         mu, _ = predictor.weights(features[mine], reward_weights)
@@ -176,8 +176,8 @@ def repeat(bank: Bank, seed: int, args) -> tuple[list[dict], list[dict]]:
     features = predictor.features(bank.columns[args.layer].astype(float))
     half, rows = rng.choice(others, len(others)), []
     for objective in SMALLEST:
-        _, weights = predictor.weights(features, fitting_rule(objective, args.alpha))
-        step = Step(bank, half, objective, args.alpha, weights, rng)
+        _, weights = predictor.weights(features, fitting_rule(objective))
+        step = Step(bank, half, objective, weights, rng)
         found = {name: measure(step, way, args.estimates) for name, way in WAYS.items()}
         for name, row in found.items():
             for unit in ("sample", "token"):  # against uniform in the same repetition
@@ -269,7 +269,6 @@ def main(argv=None) -> None:
     add = commands.choices["run"].add_argument
     add("--bank", type=Path, required=True)
     add("--drawn", type=Path, default=DRAWN, help="rewards and lengths go there")
-    add("--alpha", type=float, default=1e-3, help="of the paper's rule")
     add("--layer", choices=LAYERS, default="middle", help="whose states the ways' predictor gets")
     add("--repetitions", type=int, default=100)
     add("--estimates", type=int, default=200, help="steps for each number")

@@ -27,7 +27,7 @@ from gvm import e_step, estimate  # noqa: E402
 from model import summarise_states  # noqa: E402
 from predictor import Predictor  # noqa: E402
 
-SPREADS = (1.0, 1.6, 2.9)
+SPREADS = (1.0, 1.6, 2.9)  # SPREAD_LOG_ODDS
 FLAGS = ["--allocator", "uniform", "--prompts-per-step", "32", "--steps", "60", "--lr", "1.5e-4",
          "--eval-every", "1000", "--eval-samples", "1", "--save-every", "1000"]
 
@@ -48,7 +48,7 @@ class Observer:
     """Takes the place of e_step, and asks and teaches predictors beside it."""
 
     def __init__(self):
-        self.predictors: dict[tuple, Predictor] = {}  # by layer and SPREAD
+        self.predictors: dict[tuple, Predictor] = {}  # by layer and SPREAD_LOG_ODDS
         self.rows: dict[tuple, list] = {}  # (correlation, log-likelihood) of each step
 
     def __call__(self, problems, step, state, source, args) -> tuple:
@@ -59,7 +59,7 @@ class Observer:
         right, wrong = table["num_right"], table["num_drawn"] - table["num_right"]
         for layer, states in enumerate(layers, start=1):
             for spread in SPREADS:
-                predictor.SPREAD, key = spread, (layer, spread)
+                predictor.SPREAD_LOG_ODDS, key = spread, (layer, spread)
                 mine = self.predictors.setdefault(key, Predictor({}))
                 features = mine.features(states)
                 mu, _ = mine.weights(features, lambda p, norm_right, norm_wrong: p)

@@ -10,19 +10,19 @@ import pytest
 from conftest import ROOT
 
 from allocator import gvm_weights, summarise_samples
-from predictor import LOG_P, SPREAD, STRENGTHS, Predictor, allocate_or_leave, betas, first_precision, logistic, regress
+from predictor import LOG_P, STRENGTHS, Predictor, allocate_or_leave, betas, first_precision, logistic, regress
 
 
 def test_regressions_find_the_most_likely_coefficients():
     generator = np.random.default_rng(0)
     features, drawn = generator.normal(size=(40, 3)), generator.integers(1, 5, 40)
-    targets, start = generator.normal(size=40), (np.zeros(3), first_precision(3))
-    mean, precision = regress(start, features, targets, np.ones(40), is_share=False)
-    assert precision == pytest.approx(features.T @ features + first_precision(3))
+    targets, first = generator.normal(size=40), np.diag([2 / 0.5**2, 2 / 0.5**2, 0.25])  # of ln G
+    mean, precision = regress((np.zeros(3), first), features, targets, np.ones(40), is_share=False)
+    assert precision == pytest.approx(features.T @ features + first)
     assert mean == pytest.approx(np.linalg.solve(precision, features.T @ targets))
-    shares = generator.binomial(drawn, 0.3) / drawn
-    mean, _ = regress(start, features, shares, drawn, is_share=True)
-    slope = features.T @ (drawn * (shares - logistic(features @ mean))) - first_precision(3) @ mean
+    shares, first = generator.binomial(drawn, 0.3) / drawn, np.diag([2 / 1.6**2, 2 / 1.6**2, 0.25])  # of ln p/q
+    mean, _ = regress((np.zeros(3), first), features, shares, drawn, is_share=True)
+    slope = features.T @ (drawn * (shares - logistic(features @ mean))) - first @ mean
     assert slope == pytest.approx(np.zeros(3), abs=1e-9)
 
 
@@ -30,7 +30,8 @@ def test_a_regression_survives_a_policy_that_turns_round():
     """Newton's step from a belief that is sure and wrong is far too long: undamped, it never comes back."""
     generator = np.random.default_rng(0)
     features = generator.normal(size=(1000, 20))
-    rates, drawn, belief = logistic(4 * features @ generator.normal(size=20)), np.full(1000, 8), (np.zeros(20), first_precision(20))
+    rates, drawn = logistic(4 * features @ generator.normal(size=20)), np.full(1000, 8)
+    belief = np.zeros(20), first_precision(20, is_share=True)
     for p in [rates] * 10 + [1 - rates] * 5:
         belief = regress(belief, features, generator.binomial(drawn, p) / drawn, drawn, is_share=True)
     assert np.mean(np.abs(logistic(features @ belief[0]) - (1 - rates))) < 0.3
@@ -39,7 +40,7 @@ def test_a_regression_survives_a_policy_that_turns_round():
 def test_a_regression_forgets_and_goes_on_from_what_it_knew():
     features, belief = np.eye(2), (np.array([1.0, 2.0]), np.diag([100.0, 100.0]))
     mean, precision = regress(belief, features, np.array([3.0, 3.0]), np.array([1, 0]), is_share=False)
-    first, intercept = 0.98 * 100 + 0.02 * 1 / SPREAD**2, 0.98 * 100 + 0.02 / 4
+    first, intercept = 0.98 * 100 + 0.02 * 1 / 0.5**2, 0.98 * 100 + 0.02 / 4
     assert precision == pytest.approx(np.diag([first + 1, intercept]))
     assert mean == pytest.approx([(first * 1.0 + 3.0) / (first + 1), 2.0])  # without a sample it stays as it was
 
