@@ -26,7 +26,7 @@ WAYS = {  # of the real model's gradient: names in the records, and in the figur
     "published": "GVM as\npublished",
     "predicted": "p predicted,\n16 candidates",
     "wider pool": "p predicted,\n64 candidates",
-    "known, wider pool": "p known,\n64 candidates",
+    "known p, wider pool": "p known,\n64 candidates",
 }
 LOWEST = 0.05
 

@@ -19,8 +19,6 @@ both cost the same.
 import argparse
 import json
 import sys
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,88 +26,19 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 (the project's modules lie one folder up)
 from real_bank import Bank, facts  # noqa: E402
-from speed import PREDICTED_ALPHA, PUBLISHED_ALPHA  # noqa: E402
+from real_ways import BUDGET, PROMPTS, SAMPLES, SMALLEST, WAYS, Step, fitting_rule  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from allocator import allocate, gvm_weights, reward_weights  # noqa: E402
+from allocator import reward_weights  # noqa: E402
 from files import read_rows  # noqa: E402
 from grpo import grpo_advantage  # noqa: E402
-from predictor import Predictor, allocate_or_leave  # noqa: E402
+from predictor import LOGARITHMS, Predictor  # noqa: E402
 
 RECORDS = Path(__file__).with_suffix(".jsonl")
 DRAWN = Path(__file__).with_name("real_samples.jsonl")  # rewards and lengths of each prompt
 
-PROMPTS, SAMPLES, PILOT, CANDIDATES = 16, 4, 2, 64
-BUDGET = PROMPTS * SAMPLES  # of a step
-SMALLEST = {"raft": 1, "grpo": 2}  # samples of a prompt that say something, by objective
 LAYERS = ("middle", "last")
 SHOWN_AFTER = (2, 4, 8)  # steps of teaching, of 64 samples each
-
-
-@dataclass
-class Step:
-    """What a step may look at. The ways below return (prompts, rows, samples): each sample's row
-    among the prompts, and its place among the bank's samples of that prompt, (samples,) each."""
-
-    bank: Bank
-    half: np.ndarray  # prompts of the bank
-    objective: str
-    predicted: np.ndarray  # weights, of all prompts of the bank
-    rng: np.random.Generator
-
-    def draw(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, samples): counts_i samples of prompt i, with replacement."""
-        rows = np.repeat(np.arange(len(counts)), counts)
-        return rows, self.rng.integers(self.bank.right.shape[1], size=len(rows))
-
-    def choose(self, number: int) -> np.ndarray:
-        """Prompts of the half, at random, each by itself: the half stands for many prompts."""
-        return self.rng.choice(self.half, number)
-
-
-def fitting_rule(objective: str):
-    """The rule that fits the objective, of (p, G+, G-); for p that is predicted, or known."""
-    gvm = partial(gvm_weights, alpha=PREDICTED_ALPHA)
-    return {"raft": lambda p, right, wrong: gvm(p, right), "grpo": reward_weights}[objective]
-
-
-# --- ways to spend a step's samples -------------------------------------------------------------
-def uniform(step: Step, num_prompts: int = PROMPTS) -> tuple:
-    """Equal counts."""
-    prompts = step.choose(num_prompts)
-    return prompts, *step.draw(np.full(num_prompts, SAMPLES))
-
-
-def published(step: Step) -> tuple:
-    """A pilot that is trained on, and the rest by the paper's rule, for GRPO as well."""
-    prompts = step.choose(PROMPTS)
-    pilot = step.draw(np.full(PROMPTS, PILOT))
-    found = step.bank.summarise(prompts, *pilot)
-    weights = gvm_weights(found["accept_rate"], found["norm_right"], PUBLISHED_ALPHA)
-    rest = step.draw(allocate(weights, BUDGET, min_samples=PILOT) - PILOT)
-    return prompts, *map(np.concatenate, zip(pilot, rest))
-
-
-def best(step: Step, candidates: int, is_known: bool) -> tuple:
-    """The best of some prompts share the samples, by a p and G that are known, or predicted."""
-    prompts = step.choose(candidates)
-    weights = step.predicted[prompts]
-    if is_known:
-        p, *norms = (step.bank.known[name][prompts] for name in
-                     ("accept_rate", "norm_right", "norm_wrong"))
-        weights = fitting_rule(step.objective)(p, *norms)
-    return prompts, *step.draw(allocate_or_leave(weights, BUDGET, SMALLEST[step.objective]))
-
-
-WAYS = {
-    "uniform": uniform,
-    "uniform, 64 x 4": partial(uniform, num_prompts=64),  # a step of 256 samples
-    "published": published,
-    "predicted": partial(best, candidates=PROMPTS, is_known=False),
-    "wider pool": partial(best, candidates=CANDIDATES, is_known=False),
-    "known": partial(best, candidates=PROMPTS, is_known=True),
-    "known, wider pool": partial(best, candidates=CANDIDATES, is_known=True),
-}
 
 
 # --- one repetition -----------------------------------------------------------------------------
@@ -153,7 +82,7 @@ def teach(bank: Bank, layer: str, teachers, others, rng) -> tuple[Predictor, lis
     """(a predictor that has learnt from one half, how it predicts the other's p on the way)."""
     predictor, states = Predictor({}), bank.columns[layer].astype(float)
     features, rows = predictor.features(states[teachers]), []
-    step = Step(bank, teachers, "raft", np.zeros(0), rng)
+    step = Step(bank, teachers, "raft", {}, rng)
     for number in range(1, len(teachers) // PROMPTS + 1):
         mine = np.arange((number - 1) * PROMPTS, number * PROMPTS)
         mu, _ = predictor.weights(features[mine], reward_weights)
@@ -175,9 +104,10 @@ def repeat(bank: Bank, seed: int, args) -> tuple[list[dict], list[dict]]:
     predictor = taught[args.layer][0]
     features = predictor.features(bank.columns[args.layer].astype(float))
     half, rows = rng.choice(others, len(others)), []
+    predicted = {name: predictor.predict(features, name) for name in LOGARITHMS}
     for objective in SMALLEST:
-        _, weights = predictor.weights(features, fitting_rule(objective))
-        step = Step(bank, half, objective, weights, rng)
+        _, predicted["weights"] = predictor.weights(features, fitting_rule(objective))
+        step = Step(bank, half, objective, predicted, rng)
         found = {name: measure(step, way, args.estimates) for name, way in WAYS.items()}
         for name, row in found.items():
             for unit in ("sample", "token"):  # against uniform in the same repetition

@@ -49,8 +49,9 @@ SETTINGS = {
     "real": Setting(
         FIGURES / "real_speed.jsonl",
         ("--model", "{}/model", "--data", "{}/train.jsonl", "--eval-data", "{}/eval.jsonl",
-         "--max-prompt-tokens", "256", "--sampler", "vllm"),
-        first_rates=(5e-6, 1e-5, 2e-5), search_seeds=(100,), final_seeds=(),
+         "--max-prompt-tokens", "256", "--sampler", "vllm",
+         "--tokens-per-micro-batch", "1024"),  # less padding
+        first_rates=(1e-5, 2e-5), search_seeds=(100,), final_seeds=(),
         seeds=range(400, 405),
         parts=((60, 20),), eval_samples=2, timed_steps=8, keep_steps=True,
         accuracies=(0.24, 0.27), budget=(60, 3840, 50_000)),
