@@ -49,8 +49,9 @@ def first_precision(size: int, is_share: bool) -> np.ndarray:
 def regress(belief: tuple, features, targets, weights, is_share: bool) -> tuple:
     """One step of an online regression; returns the new belief about its coefficients.
 
-    The model is E[target] = features @ c, or for shares logistic(features @ c). belief: c is
-    Gaussian, (mean, precision). A little faded, it is the prior for what was seen now.
+    The model: a target is features @ c with a standard deviation of 1, or a share of samples with
+    the mean logistic(features @ c). belief: c is Gaussian, (mean, precision). A little faded, it is
+    the prior for what was seen now.
     features: (prompts, features). targets: (prompts,). weights: how much each counts, for shares
     the number of samples behind it.
     """

@@ -48,7 +48,7 @@ def draw_curves(axes, records: list[dict], objective: str) -> None:
 
 def draw_gradient(axes, records: list[dict]) -> None:
     """What a token tells of the gradient, over uniform's; medians and 95 % intervals."""
-    found = {(row["objective"], row["way"]): row["speed_per_token"] for row in records
+    found = {(row["objective"], row["way"]): row["efficiency_per_token"] for row in records
              if "way" in row}
     for shift, objective, marker in ((-0.1, "raft", "o"), (0.1, "grpo", "D")):
         middles, lows, highs = np.transpose([found[objective, way] for way in WAYS])
@@ -59,7 +59,7 @@ def draw_gradient(axes, records: list[dict]) -> None:
                       label=objective.upper())
     axes.axhline(1, color="black", linestyle=":", linewidth=1)
     axes.set_xticks(range(len(WAYS)), WAYS.values(), fontsize=8)
-    axes.set(title="a real model: its gradient", yscale="log", ylim=(LOWEST, 50),
+    axes.set(title="a real model: its gradient", yscale="log", ylim=(LOWEST, 20),
              ylabel="signal² / variance of a token, over uniform's")
     axes.legend(frameon=False, loc="lower left")
 

@@ -4,16 +4,18 @@
     python figures/real_gradient.py table                   # the tables, from real_gradient.jsonl
 
 A step draws 64 samples from the bank, with replacement. So the bank's samples are the population,
-whose p, G and exact gradients are known. Each repetition divides the prompts in two at random. One
-half teaches a predictor: 8 steps of 16 prompts, 4 samples of each, no prompt twice. Steps are made
-of the other half, resampled with replacement for the intervals, and estimate its mean gradient.
+whose p, G and exact gradients are known. Each repetition resamples, too, for the intervals:
+- some prompts of the bank's first half teach a predictor: 8 steps of 16, 4 samples of each;
+- those of its second half, as many as there are, with replacement, are what steps are made of, and
+  it is their mean gradient that is estimated.
+(All choices about the predictor were made on the first half.)
 
 Signal: the mean of the estimates along the exact gradient, S; noise: the root of their variance V;
-both over the exact gradient's length. Error: the mean squared error over the squared length. What
-an update gains, at the step size that suits it, grows with S^2 / V as long as noise is the larger,
-and V falls as 1 / samples. So two ways are compared by S^2 / V for each sample, and, since users
-pay tokens, for each token: that is the same as giving the cheaper way so many more prompts that
-both cost the same.
+both over the exact gradient's length. Cosine: between the mean estimate and the exact gradient, 1
+if there is no bias but a shrinking. Error: the mean squared error over the squared length. What an
+update gains, at the step size that suits it, grows with S^2 / V as long as noise is the larger, and
+V falls as 1 / samples. So the efficiency of a way, over that of uniform counts, is S^2 / V for each
+sample, or, since users pay tokens, for each token. Bias across the gradient is not charged for.
 """
 
 import argparse
@@ -38,6 +40,7 @@ RECORDS = Path(__file__).with_suffix(".jsonl")
 DRAWN = Path(__file__).with_name("real_samples.jsonl")  # rewards and lengths of each prompt
 
 LAYERS = ("middle", "last")
+TEACHERS = 8 * PROMPTS
 SHOWN_AFTER = (2, 4, 8)  # steps of teaching, of 64 samples each
 
 
@@ -60,8 +63,8 @@ def estimate(step: Step, prompts, rows, samples) -> tuple[np.ndarray, dict]:
 
 
 def measure(step: Step, way, estimates: int) -> dict[str, float]:
-    """What many steps of one way say of the half's mean gradient."""
-    exact = step.bank.exact[step.objective][step.half].mean(axis=0)
+    """What many steps of one way say of the prompts' mean gradient."""
+    exact = step.bank.exact[step.objective][step.prompts].mean(axis=0)
     length = np.linalg.norm(exact)
     found, described = zip(*(estimate(step, *way(step)) for _ in range(estimates)))
     found = np.array(found) / length
@@ -69,7 +72,8 @@ def measure(step: Step, way, estimates: int) -> dict[str, float]:
     variance = ((found - mean) ** 2).sum() / (estimates - 1)
     known = {name: np.mean([each[name] for each in described]) for name in described[0]}
     # The square of a mean of so few has a part of their variance in it, which is taken out.
-    gain = (along.mean() ** 2 - along.var(ddof=1) / estimates) / variance / known["samples"]
+    square = np.sign(along.mean()) * along.mean() ** 2 - along.var(ddof=1) / estimates
+    gain = square / variance / known["samples"]
     mean_length = np.sqrt(max((mean**2).sum() - variance / estimates, 1e-12))
     return known | {
         "signal": along.mean(), "noise": np.sqrt(variance),
@@ -78,8 +82,8 @@ def measure(step: Step, way, estimates: int) -> dict[str, float]:
         "gain_per_sample": gain, "gain_per_token": gain / known["tokens_per_sample"]}
 
 
-def teach(bank: Bank, layer: str, teachers, others, rng) -> tuple[Predictor, list[dict]]:
-    """(a predictor that has learnt from one half, how it predicts the other's p on the way)."""
+def teach(bank: Bank, layer: str, teachers, tested, rng) -> tuple[Predictor, list[dict]]:
+    """(a predictor that has learnt from some prompts, how it predicts p of others on the way)."""
     predictor, states = Predictor({}), bank.columns[layer].astype(float)
     features, rows = predictor.features(states[teachers]), []
     step = Step(bank, teachers, "raft", {}, rng)
@@ -87,32 +91,34 @@ def teach(bank: Bank, layer: str, teachers, others, rng) -> tuple[Predictor, lis
         mine = np.arange((number - 1) * PROMPTS, number * PROMPTS)
         mu, _ = predictor.weights(features[mine], reward_weights)
         drawn = step.draw(np.full(PROMPTS, SAMPLES))
-        predictor.learn(features[mine], mu, bank.summarise(teachers[mine], *drawn))
+        table = bank.summarise(teachers[mine], *drawn, bank.approximate_norms)
+        predictor.learn(features[mine], mu, table)
         if number in SHOWN_AFTER:
-            mu, _ = predictor.weights(predictor.features(states[others]), reward_weights)
+            mu, _ = predictor.weights(predictor.features(states[tested]), reward_weights)
             rows.append({"layer": layer, "samples": number * BUDGET, "mean_predicted": mu.mean(),
-                         "mean": bank.p[others].mean(),
-                         "correlation": np.corrcoef(mu, bank.p[others])[0, 1]})
+                         "mean": bank.p[tested].mean(),
+                         "correlation": np.corrcoef(mu, bank.p[tested])[0, 1]})
     return predictor, rows
 
 
 def repeat(bank: Bank, seed: int, args) -> tuple[list[dict], list[dict]]:
-    """(rows about the ways, rows about the predictions) of one division into halves."""
+    """(rows about the ways, rows about the predictions) of one repetition."""
     rng = np.random.default_rng(seed)
-    teachers, others = np.array_split(rng.permutation(len(bank.p)), 2)
-    taught = {layer: teach(bank, layer, teachers, others, rng) for layer in LAYERS}
+    first, second = np.array_split(np.arange(len(bank.p)), 2)
+    teachers = rng.permutation(first)[:TEACHERS]
+    tested, rows = rng.choice(second, len(second)), []
+    taught = {layer: teach(bank, layer, teachers, tested, rng) for layer in LAYERS}
     predictor = taught[args.layer][0]
     features = predictor.features(bank.columns[args.layer].astype(float))
-    half, rows = rng.choice(others, len(others)), []
     predicted = {name: predictor.predict(features, name) for name in LOGARITHMS}
     for objective in SMALLEST:
         _, predicted["weights"] = predictor.weights(features, fitting_rule(objective))
-        step = Step(bank, half, objective, predicted, rng)
+        step = Step(bank, tested, objective, predicted, rng)
         found = {name: measure(step, way, args.estimates) for name, way in WAYS.items()}
         for name, row in found.items():
             for unit in ("sample", "token"):  # against uniform in the same repetition
-                row[f"speed_per_{unit}"] = (row[f"gain_per_{unit}"]
-                                            / found["uniform"][f"gain_per_{unit}"])
+                row[f"efficiency_per_{unit}"] = (row[f"gain_per_{unit}"]
+                                                 / found["uniform"][f"gain_per_{unit}"])
             rows.append({"objective": objective, "way": name, **row})
     return rows, [row for _, shown in taught.values() for row in shown]
 
@@ -179,13 +185,15 @@ def table(args) -> None:
                   f"{with_range(row['correlation'])} | {with_range(row['mean_predicted'])} | "
                   f"{row['mean'][0]:.2f} |")
     print("\n| objective | way | prompts | mixed groups | tokens a sample | signal | noise | "
-          "error | speed in samples | speed in tokens |\n|" + "---|" * 10)
+          "cosine | error | efficiency per sample | efficiency per token |\n|" + "---|" * 11)
     for row in records:
         if "way" in row:
             print(f"| {row['objective']} | {row['way']} | {row['served'][0]:.1f} | "
                   f"{row['mixed'][0]:.2f} | {row['tokens_per_sample'][0]:.1f} | "
-                  f"{row['signal'][0]:.2f} | {row['noise'][0]:.2f} | {row['error'][0]:.1f} | "
-                  f"{with_range(row['speed_per_sample'])} | {with_range(row['speed_per_token'])} |")
+                  f"{row['signal'][0]:.2f} | {row['noise'][0]:.2f} | "
+                  f"{row['cosine_of_mean'][0]:.2f} | {row['error'][0]:.1f} | "
+                  f"{with_range(row['efficiency_per_sample'])} | "
+                  f"{with_range(row['efficiency_per_token'])} |")
 
 
 def main(argv=None) -> None:
@@ -201,7 +209,7 @@ def main(argv=None) -> None:
     add("--drawn", type=Path, default=DRAWN, help="rewards and lengths go there")
     add("--layer", choices=LAYERS, default="middle", help="whose states the ways' predictor gets")
     add("--repetitions", type=int, default=100)
-    add("--estimates", type=int, default=200, help="steps for each number")
+    add("--estimates", type=int, default=1000, help="steps for each number")
     args = parser.parse_args(argv)
     args.function(args)
 

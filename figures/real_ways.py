@@ -24,7 +24,7 @@ class Step:
     """What a way may look at."""
 
     bank: Bank
-    half: np.ndarray  # prompts of the bank
+    prompts: np.ndarray  # of the bank: those it may look at
     objective: str
     predicted: dict[str, np.ndarray]  # norm_right, norm_wrong, weights, of all prompts of the bank
     rng: np.random.Generator
@@ -35,8 +35,8 @@ class Step:
         return rows, self.rng.integers(self.bank.right.shape[1], size=len(rows))
 
     def choose(self, number: int) -> np.ndarray:
-        """Prompts of the half, at random, each by itself: the half stands for many prompts."""
-        return self.rng.choice(self.half, number)
+        """Prompts at random, each by itself: those of the bank stand for many more."""
+        return self.rng.choice(self.prompts, number)
 
 
 def fitting_rule(objective: str):
@@ -55,7 +55,7 @@ def published(step: Step) -> tuple:
     """A pilot that is trained on, and the rest by the paper's rule, for GRPO as well."""
     prompts = step.choose(PROMPTS)
     pilot = step.draw(np.full(PROMPTS, PILOT))
-    found = step.bank.summarise(prompts, *pilot)
+    found = step.bank.summarise(prompts, *pilot, step.bank.norms)
     weights = gvm_weights(found["accept_rate"], found["norm_right"], PUBLISHED_ALPHA)
     rest = step.draw(allocate(weights, BUDGET, min_samples=PILOT) - PILOT)
     return prompts, *map(np.concatenate, zip(pilot, rest))

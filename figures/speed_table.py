@@ -18,7 +18,7 @@ from tuning import Setting, records_of, tune
 
 HEADS = ("objective", "method", "rate, pilot, alpha", "thousand tokens to {accuracies}",
          "runs that cost the budget", "s a step", "accuracy at the end", "speed in tokens",
-         "in seconds", "in samples", "accuracy at equal tokens, points")
+         "in seconds", "in samples", "mean accuracy over the budget, points")
 SHORT = (0, 1, 3, 7, 8, 9, 10)  # the columns of README's table
 OF_STEPS = {  # heads, and names in the records
     "mixed groups": "prompts_sometimes", "mixed among first two": "mixed_pairs",

@@ -99,7 +99,7 @@ def fabricated(path, prompts: int = 48, samples: int = 8) -> real_bank.Bank:
         "row": i, "task": "sums", "prompt_tokens": 9, "middle": states[i], "last": rng.normal(size=4),
         "rewards": (rng.random(samples) < 1 / (1 + np.exp(-2 * states[i, 0]))).astype(np.float32),
         "lengths": rng.integers(5, 9, samples), "finished": np.ones(samples, bool), "norms": np.ones(samples),
-        "logprobs": -rng.random((samples, 9)), "response_ids": np.zeros((samples, 9), np.int32), "sampler_nlls": np.ones(samples),
+        "logprobs": -rng.random((samples, 9)), "response_ids": np.zeros((samples, 9), np.int32),
         "sketches": rng.normal(size=(samples, 16)) + states[i, 0] + 1} for i in range(prompts)]
     real_bank.write(path, entries)
     return real_bank.Bank(path)
@@ -139,17 +139,16 @@ def test_what_is_measured_is_what_was_put_in(tmp_path):
 def test_a_bank_is_gone_on_with_and_its_tables_are_printed(tmp_path, capsys):
     out, records = tmp_path / "bank.npz", ["--records", str(tmp_path / "records.jsonl")]
     words = ["--samples", "8", "--out", str(out), "--prompts"]
-    real_bank.main([*words, "16"])
+    real_bank.main([*words, "32"])
     first = dict(np.load(out))
     capsys.readouterr()
-    real_bank.main([*words, "32"])
-    assert capsys.readouterr().out.startswith("24 prompts")  # it went on with the 17th
+    real_bank.main([*words, "64"])
+    assert capsys.readouterr().out.startswith("40 prompts")  # it went on with the 33rd
     whole = dict(np.load(out))
-    assert len(whole["row"]) == 32 and all((whole[name][:16] == first[name]).all() for name in first)
-    assert -whole["logprobs"].sum(axis=2) == pytest.approx(whole["sampler_nlls"], abs=1e-3)
+    assert len(whole["row"]) == 64 and all((whole[name][:32] == first[name]).all() for name in first)
     with pytest.raises(InputError, match="name another"):
-        real_bank.main([*words, "32", "--samples", "4"])
-    assert len(np.load(out)["row"]) == 32
+        real_bank.main([*words, "64", "--samples", "4"])
+    assert len(np.load(out)["row"]) == 64
 
     run = ["run", "--bank", str(out), "--repetitions", "2", "--estimates", "4", "--drawn", str(tmp_path / "drawn.jsonl")]
     real_gradient.main([*run, *records])
@@ -161,9 +160,9 @@ def test_a_bank_is_gone_on_with_and_its_tables_are_printed(tmp_path, capsys):
     assert [row["rewards"].count("1") for row in drawn] == whole["rewards"].sum(axis=1).tolist()
 
 
-def test_the_records_are_of_256_prompts_with_32_samples_each(capsys):
+def test_the_records_are_of_512_prompts_with_32_samples_each(capsys):
     drawn = [json.loads(line) for line in real_gradient.DRAWN.read_text().splitlines()]
-    assert len({row["row"] for row in drawn}) == 256 and all(len(row["rewards"]) == len(row["tokens"]) == 32 for row in drawn)
+    assert len({row["row"] for row in drawn}) == 512 and all(len(row["rewards"]) == len(row["tokens"]) == 32 for row in drawn)
     real_gradient.main(["table"])
     found = dict(line[2:].split(" | ", 1) for line in capsys.readouterr().out.splitlines() if "layer | 512" in line)
     assert found.keys() == {"middle layer", "last layer"}

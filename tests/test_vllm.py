@@ -144,3 +144,9 @@ def test_an_evaluation_with_it_is_the_same_on_one_rank_and_two(tmp_path):
     one, two = ((tmp_path / str(ranks) / "summary.json").read_text() for ranks in (1, 2))
     assert one == two and '"VllmSampler"' in one
     assert (tmp_path / "1" / "eval.jsonl").read_bytes() == (tmp_path / "2" / "eval.jsonl").read_bytes()
+
+
+def test_the_bank_of_a_real_model_is_drawn_with_it(tmp_path):
+    run_script("figures/real_bank.py", "--sampler", "vllm", "--prompts", 8, "--samples", 8, "--out", tmp_path / "bank.npz")
+    bank = np.load(tmp_path / "bank.npz")
+    assert bank["lengths"].shape == (8, 8) and (bank["lengths"] > 0).all() and np.isfinite(bank["logprobs"]).all()
