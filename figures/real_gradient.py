@@ -110,10 +110,10 @@ def repeat(bank: Bank, seed: int, args) -> tuple[list[dict], list[dict]]:
     taught = {layer: teach(bank, layer, teachers, tested, rng) for layer in LAYERS}
     predictor = taught[args.layer][0]
     features = predictor.features(bank.columns[args.layer].astype(float))
-    predicted = {name: predictor.predict(features, name) for name in LOGARITHMS}
+    norms = {name: predictor.predict(features, name) for name in LOGARITHMS}
     for objective in SMALLEST:
-        _, predicted["weights"] = predictor.weights(features, fitting_rule(objective))
-        step = Step(bank, tested, objective, predicted, rng)
+        _, weights = predictor.weights(features, fitting_rule(objective))
+        step = Step(bank, tested, objective, norms | {"weights": weights}, rng)
         found = {name: measure(step, way, args.estimates) for name, way in WAYS.items()}
         for name, row in found.items():
             for unit in ("sample", "token"):  # against uniform in the same repetition

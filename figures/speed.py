@@ -54,7 +54,7 @@ SETTINGS = {
         first_rates=(1e-5, 2e-5), search_seeds=(100,), final_seeds=(),
         seeds=range(400, 405),
         parts=((60, 20),), eval_samples=2, timed_steps=8, keep_steps=True,
-        accuracies=(0.18, 0.20), budget=(60, 3840, 45_000)),
+        accuracies=(0.18, 0.20), budget=(60, 3840, 40_000)),
 }
 
 

@@ -109,7 +109,8 @@ def fabricated(path, prompts: int = 48, samples: int = 8) -> real_bank.Bank:
 @pytest.mark.parametrize("way", real_gradient.WAYS)
 def test_an_estimate_is_the_gradient_that_the_scripts_train_on(tmp_path, objective, way):
     bank, rng = fabricated(tmp_path / "bank.npz"), np.random.default_rng(1)
-    step = real_gradient.Step(bank, np.arange(48), objective, {name: rng.random(48) for name in ("norm_right", "norm_wrong", "weights")}, rng)
+    predicted = {name: rng.random(48) for name in ("norm_right", "norm_wrong", "weights")}
+    step = real_gradient.Step(bank, np.arange(48), objective, predicted, rng)
     prompts, rows, places = real_gradient.WAYS[way](step)
     found, described = real_gradient.estimate(step, prompts, rows, places)
     samples = [make_sample(row, reward, [0] * length) for row, reward, length in zip(
