@@ -151,18 +151,6 @@ def fill_norms(policy: Policy, samples: list[Sample], max_tokens: int) -> None:
         samples[i].old_logprobs, samples[i].head_grad_norm = logprobs, norm
 
 
-def approximate_norm(sample: Sample) -> float:
-    """sqrt(sum_t (1 - p_t)^2), p_t by the sampler: roughly head_grad_norm, but for a factor.
-
-    The gradient is sum_t delta_t h_t^T, with delta_t = softmax_t - onehot(y_t). Over all that the
-    policy may say, E[delta_t] is 0 whatever came before, so that terms are orthogonal on average.
-    |delta_t| is 1 to sqrt(2) times 1 - p_t, and h_t are about equally long. It is too low where one
-    unsure choice is made again and again. Below 1e-3 it is 1e-3, or its logarithm would drown all
-    others.
-    """
-    return max(float(np.sqrt(((1 - np.exp(sample.sampler_logprobs)) ** 2).sum())), 1e-3)
-
-
 def split_rows(logprobs: torch.Tensor, batch: list[Sample]) -> list[np.ndarray]:
     """(tokens,) to (response,) of each sample; copies, or each would keep the whole batch."""
     rows = logprobs.cpu().split([len(sample.response_ids) for sample in batch])

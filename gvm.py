@@ -1,21 +1,20 @@
 """The E-step: how many samples each prompt gets, and drawing them. Algorithm 2 of the paper.
 
 `e_step` is the published algorithm (README.md lists where it departs); its parts stand below it.
-Last comes what is added: p and G predicted (`--candidates-per-step`), where it takes a pilot.
+Last comes what is added: p predicted (`--candidates-per-step`), where it takes a pilot.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from operator import attrgetter
 
 import numpy as np
 
 from allocator import allocate, gvm_weights, reward_weights, summarise_samples
-from batches import approximate_norm, fill_norms, prompt_states
-from data import TRAINING, Problem, problems_of_step, prompts_looked_at
+from batches import fill_norms, prompt_states
+from data import TRAINING, Problem, Sample, problems_of_step, prompts_looked_at
 from grader import Grader
 from losses import OBJECTIVES
 from metrics import describe_pilot, describe_prediction, describe_step
@@ -155,10 +154,10 @@ class SampleSource:
         return samples
 
 
-def estimate(samples, problems, weighting: str, norm_of=attrgetter("head_grad_norm")) -> dict:
+def estimate(samples: list[Sample], problems: list[Problem], weighting: str) -> dict:
     """What samples say of their problems: "id" and the columns of summarise_samples."""
     row_of = {problem.id: row for row, problem in enumerate(problems)}
-    norms = np.array([norm_of(sample) for sample in samples])
+    norms = np.array([sample.head_grad_norm for sample in samples])
     if weighting == "sequence":  # divides a response's loss, and so its gradient, by its length
         norms = norms / np.array([len(sample.response_ids) for sample in samples])
     return {"id": np.array(list(row_of)), **summarise_samples(
@@ -182,8 +181,8 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     add("--e-step-every", type=positive_int, default=1,
         help="steps that a pilot serves; above 1 it only informs; the paper: 9")
     add("--candidates-per-step", type=positive_int, metavar="M",
-        help="not in the paper: instead of a pilot, p and G of M prompts, at least "
-        "--prompts-per-step, are predicted, and the best of them share the samples")
+        help="not in the paper: instead of a pilot, p of M prompts, at least --prompts-per-step, "
+        "is predicted, and the best of them share the samples")
     add("--alpha", type=number(float, 0, 1000), default=1e-3, help="Eq. 7; the paper: 1e-3")
     add("--beta", type=number(float, 2, 100), default=2.0, help="Eq. 7; the paper: 2")
 
@@ -221,23 +220,24 @@ def settle_budget(args: argparse.Namespace, objective: str | None = None) -> Non
 
 # --- added to the paper: predictions instead of a pilot ----------------------------------------
 def predicted_step(problems: list[Problem], step: int, state, source: SampleSource, args) -> tuple:
-    """As e_step. p and G of --candidates-per-step prompts are predicted from the model's hidden
-    states, and the best are served; state.predictor learns from their samples."""
+    """As e_step. p of --candidates-per-step prompts is predicted from the model's hidden states,
+    and the best are served; state.predictor learns from their samples."""
     candidates = problems_of_step(problems, step, args)
     with source.timer("predict"):
         states = prompt_states(source.policy, candidates, args.tokens_per_micro_batch)
         predictor, features = on_every_rank(start_predictor, state.predictor, states)
-        p, weights = predictor.weights(features, partial(RULES[args.allocator].weights, args=args))
+        rule = RULES[args.allocator].weights  # with all G = 1
+        p, weights = predictor.weights(features, lambda p: rule(p, *np.ones((2, len(p))), args))
     budget, objective = args.prompts_per_step * args.samples_per_prompt, OBJECTIVES[args.objective]
     counts = of_rank0(allocate_or_leave(weights, budget, objective.smallest_group))
     samples = source.sample_and_grade(candidates, counts, step)
-    table = estimate(samples, candidates, args.weighting, norm_of=approximate_norm)
-    predictor.learn(features, p, table)
+    right = Counter(sample.problem for sample in samples if sample.reward > 0)
+    num_right = np.array([right[problem.id] for problem in candidates])
+    predictor.learn(features, p, num_right, counts)
     state.predictor = predictor.learnt
     batch = [problem for problem, count in zip(candidates, counts) if count > 0]
     metrics = describe_step(batch, samples, drawn=samples)
-    right, drawn = table["num_right"], table["num_drawn"]
-    return batch, samples, metrics | describe_prediction(p, right, drawn)
+    return batch, samples, metrics | describe_prediction(p, num_right, counts)
 
 
 def start_predictor(learnt: dict, states: np.ndarray) -> tuple[Predictor, np.ndarray]:

@@ -1,15 +1,16 @@
-"""Prompts that nobody has sampled: p and G predicted, the best chosen. Numpy only. Read it last.
+"""Prompts that nobody has sampled: p predicted, the best chosen. Numpy only. Read it last.
 
-The paper spends a pilot to learn p and G. Here they are predicted from numbers about the prompt, of
+The paper spends a pilot to learn p and G. Here p is predicted from numbers about the prompt, of
 which any will do that are known before sampling; gvm.py takes the model's own hidden states. What
-is then drawn is what the regressions learn from.
+is then drawn is what the regression learns from. G is taken to be the same for all prompts:
+predicted ones were measured to do more harm than good (figures/README.md).
 
     predictor = Predictor({})                            # its `learnt` goes into your checkpoints
     features = predictor.features(states)                # states: (prompts, numbers)
-    p, weights = predictor.weights(features, rule)       # rule: (p, G+, G-) to weights
+    p, weights = predictor.weights(features, rule)       # rule: p to weights
     counts = allocate_or_leave(weights, budget, 2)       # many prompts get 0
     ...                                                  # draw, grade
-    predictor.learn(features, p, table)                  # table: of allocator.summarise_samples
+    predictor.learn(features, p, num_right, num_drawn)   # of each prompt
 """
 
 import heapq
@@ -20,9 +21,7 @@ import numpy as np
 
 FORGET = 0.98  # of what was learnt, how much is left after a step: the policy moves
 NUM_STATES = 256  # of each prompt, at most: regressions on them cost next to nothing
-SPREAD_LOG_ODDS = 1.6  # of ln p/q between prompts: a standard deviation, before any sample
-SPREAD_LOG_NORM = 0.5  # of ln G; narrow, since G+ of prompts never solved is only extrapolated
-LOGARITHMS = ("norm_right", "norm_wrong")  # of these columns of a table it learns the logarithms
+SPREAD = 1.6  # of ln p/q between prompts: a standard deviation, before any sample
 
 # What is believed about a single p is a distribution over a grid of log-odds ln p/q.
 LOG_ODDS = np.linspace(-12, 12, 97)
@@ -35,41 +34,37 @@ def logistic(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(x / 2))
 
 
-def first_precision(size: int, is_share: bool) -> np.ndarray:
-    """Of a regression's coefficients before any sample, (size, size); the last is the intercept.
+def first_precision(size: int) -> np.ndarray:
+    """Of the regression's coefficients before any sample, (size, size); the last is the intercept.
 
-    Features are standardised: a precision of (size - 1) / spread^2 for each of the others makes the
-    predictions of prompts differ by that spread. The intercept is left to the data: its prior
-    weighs as much as one sample with p = 1/2, whose curvature is p q = 1/4.
+    Features are standardised: a precision of (size - 1) / SPREAD^2 for each of the others makes the
+    predictions of prompts differ by SPREAD. The intercept is left to the data: its prior weighs as
+    much as one sample with p = 1/2, whose curvature is p q = 1/4.
     """
-    spread = SPREAD_LOG_ODDS if is_share else SPREAD_LOG_NORM
-    return np.diag([(size - 1) / spread**2] * (size - 1) + [0.25])
+    return np.diag([(size - 1) / SPREAD**2] * (size - 1) + [0.25])
 
 
-def regress(belief: tuple, features, targets, weights, is_share: bool) -> tuple:
-    """One step of an online regression; returns the new belief about its coefficients.
+def regress(belief: tuple, features, shares, num_drawn) -> tuple:
+    """One step of an online logistic regression; returns the new belief about its coefficients.
 
-    The model: a target is features @ c with a standard deviation of 1, or a share of samples with
-    the mean logistic(features @ c). belief: c is Gaussian, (mean, precision). A little faded, it is
-    the prior for what was seen now.
-    features: (prompts, features). targets: (prompts,). weights: how much each counts, for shares
-    the number of samples behind it.
+    The model: of num_drawn samples, (prompts,), the share that is right, (prompts,), has the mean
+    logistic(features @ c). belief: c is Gaussian, (mean, precision). A little faded, it is the
+    prior for what was seen now. features: (prompts, features).
     """
     prior_mean, prior = belief
-    prior = FORGET * prior + (1 - FORGET) * first_precision(len(prior_mean), is_share)
+    prior = FORGET * prior + (1 - FORGET) * first_precision(len(prior_mean))
 
-    def loss(c: np.ndarray) -> float:  # of shares: -ln of the posterior of c, but for a constant
+    def loss(c: np.ndarray) -> float:  # -ln of the posterior of c, but for a constant
         x, change = features @ c, c - prior_mean
-        return weights @ (np.logaddexp(0, x) - targets * x) + change @ prior @ change / 2
+        return num_drawn @ (np.logaddexp(0, x) - shares * x) + change @ prior @ change / 2
 
     mean = prior_mean
     for _ in range(4):  # Newton's steps to the likeliest c
-        expected = logistic(features @ mean) if is_share else features @ mean
-        slope = expected * (1 - expected) if is_share else 1.0
-        gradient = features.T @ (weights * (targets - expected)) - prior @ (mean - prior_mean)
-        precision = (features.T * (weights * slope)) @ features + prior
+        p = logistic(features @ mean)
+        gradient = features.T @ (num_drawn * (shares - p)) - prior @ (mean - prior_mean)
+        precision = (features.T * (num_drawn * p * (1 - p))) @ features + prior
         step = np.linalg.solve(precision, gradient)
-        while is_share and loss(mean + step) > loss(mean) + 1e-6:  # it went too far
+        while loss(mean + step) > loss(mean) + 1e-6:  # it went too far
             step = step / 2
         mean = mean + step
     return mean, precision
@@ -94,16 +89,15 @@ def betas(mu: np.ndarray) -> np.ndarray:
 def first_belief(states: np.ndarray) -> dict[str, np.ndarray]:
     """What a Predictor believes before its first step, whose states these are."""
     size = min(states.shape[1], NUM_STATES) + 1
-    known = {"centre": states.mean(axis=0), "scale": states.std(axis=0) + 1e-6}
-    known["log_evidence"] = np.zeros(len(STRENGTHS))  # of each kappa
-    for name in ("p", *LOGARITHMS):  # of p, ln p/q is linear in the features, q = 1 - p
-        precision = first_precision(size, is_share=name == "p")
-        known |= {f"{name}_mean": np.zeros(size), f"{name}_precision": precision}
-    return known
+    return {
+        "centre": states.mean(axis=0), "scale": states.std(axis=0) + 1e-6,
+        "log_evidence": np.zeros(len(STRENGTHS)),  # of each kappa
+        "mean": np.zeros(size), "precision": first_precision(size),  # of ln p/q's coefficients
+    }
 
 
 class Predictor:
-    """Predicts p, G+ and G-, and learns from what is then drawn.
+    """Predicts p, and learns from what is then drawn.
 
     learnt: all that it has learnt, arrays by name, in a form that JSON can keep as lists: {} at
     first, or another predictor's `learnt`. The first call of `features` sets the scale of states:
@@ -138,51 +132,32 @@ class Predictor:
             standard = standard @ directions / np.sqrt(states.shape[1])
         return np.hstack([standard, np.ones((len(states), 1))])
 
-    def predict(self, features: np.ndarray, name: str) -> np.ndarray:
-        """One of LOGARITHMS, (prompts,); finite, whatever was learnt."""
-        return np.exp((features @ self.learnt[f"{name}_mean"]).clip(-300, 300))
-
     def weights(self, features: np.ndarray, rule) -> tuple[np.ndarray, np.ndarray]:
         """(mu, sqrt(E[w^2])), (prompts,) each: the predicted p, and a rule's weights.
 
         How far mu can be trusted is learnt, too: p is Beta(kappa mu, kappa (1 - mu)), averaged over
         kappa by how well each has explained the samples so far. The expectation of w^2 is over this
-        p. rule: (p, G+, G-), (prompts,) each, to weights. It is called with one p after another,
-        each the same for all prompts.
+        p. rule: of some p to as many weights.
         """
         known = self.learnt
-        mu = logistic(features @ known["p_mean"])
+        mu = logistic(features @ known["mean"])
         evidence = np.exp(known["log_evidence"] - known["log_evidence"].max())
-        prior = np.tensordot(evidence / evidence.sum(), betas(mu), 1)  # (prompts, grid)
-        norms = [self.predict(features, name) for name in ("norm_right", "norm_wrong")]
-        squares = [rule(np.full(len(mu), p), *norms) ** 2 for p in np.exp(LOG_P)]  # grid x prompts
-        return mu, np.sqrt((prior.T * squares).sum(axis=0))
+        belief = np.tensordot(evidence / evidence.sum(), betas(mu), 1)  # (prompts, grid)
+        return mu, np.sqrt(belief @ rule(np.exp(LOG_P)) ** 2)
 
-    def learn(self, features: np.ndarray, mu: np.ndarray, table: dict) -> None:
-        """From a step's samples. table: of summarise_samples. mu: what was predicted for them."""
-        known, right, drawn = self.learnt, table["num_right"], table["num_drawn"]
+    def learn(self, features: np.ndarray, mu: np.ndarray, num_right, num_drawn) -> None:
+        """From a step's samples, (prompts,) each. mu: what was predicted for them."""
+        known = self.learnt
 
-        # How likely is the table under each kappa? ln P(table | kappa), faded like all else.
-        log_likelihood = np.outer(right, LOG_P) + np.outer(drawn - right, LOG_Q)  # (prompts, grid)
+        # How likely is what was drawn under each kappa? ln P(drawn | kappa), faded like all else.
+        log_likelihood = np.outer(num_right, LOG_P) + np.outer(num_drawn - num_right, LOG_Q)
         likelihood = np.exp(log_likelihood - log_likelihood.max(axis=1, keepdims=True))
         evidence = np.log((betas(mu) * likelihood).sum(axis=2)).sum(axis=1)  # (strengths,)
         known["log_evidence"] = FORGET * known["log_evidence"] + evidence
 
-        # Norms have a unit, which the first of them set, of whichever kind.
-        norms = np.concatenate([table[name][table[name] > 0] for name in LOGARITHMS])  # 0: unseen
-        if norms.size and not any(known[f"{name}_mean"].any() for name in LOGARITHMS):
-            for name in LOGARITHMS:
-                known[f"{name}_mean"][-1] = np.log(norms).mean()
-
-        # Targets of the regressions, and their weights.
-        targets_of = {"p": (right / np.maximum(drawn, 1), drawn)}
-        for name in LOGARITHMS:
-            is_seen = table[name] > 0
-            targets_of[name] = np.log(np.where(is_seen, table[name], 1.0)), is_seen
-        for name, (targets, target_weights) in targets_of.items():
-            belief = known[f"{name}_mean"], known[f"{name}_precision"]
-            belief = regress(belief, features, targets, target_weights, is_share=name == "p")
-            known[f"{name}_mean"], known[f"{name}_precision"] = belief
+        shares = num_right / np.maximum(num_drawn, 1)
+        known["mean"], known["precision"] = regress(
+            (known["mean"], known["precision"]), features, shares, num_drawn)
 
 
 def allocate_or_leave(weights, budget: int, smallest: int, missing_cost: float = 4.0) -> np.ndarray:

@@ -151,9 +151,8 @@ class VllmSampler:
         self.model, self.tokenizer = model, tokenizer
         self.end_ids = model.generation_config.eos_token_id
         self.max_tokens, on_cuda = args.max_response_tokens, model.device.type == "cuda"
-        # Flags that need the log-probs of all samples; eval.py has none of them.
-        self.all_logprobs = any(vars(args).get(name) is not None
-                                for name in ("truncated_is", "candidates_per_step"))
+        # The flag that needs the log-probs of all samples; eval.py does not have it.
+        self.all_logprobs = getattr(args, "truncated_is", None) is not None
         # A decoding step reads all weights, for however many sequences.
         self.batch_size = args.sampler_batch_size or (1024 if on_cuda else 256)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -159,12 +159,10 @@ class Bank:
         self.right = self.columns["rewards"] > 0  # (prompts, samples), as the next three
         self.lengths, self.norms = self.columns["lengths"], self.columns["norms"].astype(float)
         self.sketches = self.columns["sketches"].astype(float)  # (prompts, samples, size)
-        missed = 1 - np.exp(self.columns["logprobs"])  # (prompts, samples, time), 0 beyond the end
-        self.approximate_norms = np.sqrt((missed**2).sum(axis=2)).clip(1e-3)  # as batches.py has it
         self.p = self.right.mean(axis=1)
         everyone = np.arange(len(self.p))
         whole = np.indices(self.right.shape).reshape(2, -1)
-        self.known = self.summarise(everyone, *whole, self.norms)
+        self.known = self.summarise(everyone, *whole)
         self.exact = {objective: self._exact(objective) for objective in ("raft", "grpo")}
 
     def _exact(self, objective: str) -> np.ndarray:
@@ -177,11 +175,10 @@ class Bank:
             weights = centred / (r.std(axis=1, keepdims=True) + 1e-6) / r.shape[1]
         return np.einsum("ij,ijk->ik", weights, self.sketches)
 
-    def summarise(self, prompts, rows, samples, norms) -> dict[str, np.ndarray]:
-        """What drawn samples (see Step.draw) say of p and G, (prompts,) each. norms: of the bank's
-        samples, true or approximate ones, (prompts, samples)."""
+    def summarise(self, prompts, rows, samples) -> dict[str, np.ndarray]:
+        """What drawn samples say of p and G, (prompts,) each: see Step.draw."""
         places = prompts[rows], samples
-        return summarise_samples(rows, self.right[places], norms[places], len(prompts))
+        return summarise_samples(rows, self.right[places], self.norms[places], len(prompts))
 
 
 def facts(bank: Bank) -> list[dict]:
@@ -189,8 +186,9 @@ def facts(bank: Bank) -> list[dict]:
     known = bank.norms > 0
     ratios = np.linalg.norm(bank.sketches, axis=2)[known] / bank.norms[known]
     rows = [{"fact": "sketched over true norm", "mean": ratios.mean(), "std": ratios.std()}]
-    estimates = {"-ln pi": -bank.columns["logprobs"].sum(axis=2),
-                 "approximate_norm": bank.approximate_norms}
+    logprobs = bank.columns["logprobs"]  # 0 beyond the response
+    estimates = {"-ln pi": -logprobs.sum(axis=2),
+                 "sqrt(sum (1 - pi)^2)": np.sqrt(((1 - np.exp(logprobs)) ** 2).sum(axis=2))}
     kinds = {"all": known, "right": known & bank.right, "wrong": known & ~bank.right}
     for (estimate, values), (kind, chosen) in product(estimates.items(), kinds.items()):
         logs = np.log([values[chosen].clip(1e-6), bank.norms[chosen]])

@@ -21,6 +21,7 @@ sample, or, since users pay tokens, for each token. Bias across the gradient is 
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,13 +29,12 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 (the project's modules lie one folder up)
 from real_bank import Bank, facts  # noqa: E402
-from real_ways import BUDGET, PROMPTS, SAMPLES, SMALLEST, WAYS, Step, fitting_rule  # noqa: E402
+from real_ways import BUDGET, PROMPTS, SAMPLES, SMALLEST, WAYS, Step, fitting_weights  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from allocator import reward_weights  # noqa: E402
 from files import read_rows  # noqa: E402
 from grpo import grpo_advantage  # noqa: E402
-from predictor import LOGARITHMS, Predictor  # noqa: E402
+from predictor import Predictor  # noqa: E402
 
 RECORDS = Path(__file__).with_suffix(".jsonl")
 DRAWN = Path(__file__).with_name("real_samples.jsonl")  # rewards and lengths of each prompt
@@ -86,15 +86,14 @@ def teach(bank: Bank, layer: str, teachers, tested, rng) -> tuple[Predictor, lis
     """(a predictor that has learnt from some prompts, how it predicts p of others on the way)."""
     predictor, states = Predictor({}), bank.columns[layer].astype(float)
     features, rows = predictor.features(states[teachers]), []
-    step = Step(bank, teachers, "raft", {}, rng)
+    step = Step(bank, teachers, "raft", np.zeros(0), rng)
     for number in range(1, len(teachers) // PROMPTS + 1):
         mine = np.arange((number - 1) * PROMPTS, number * PROMPTS)
-        mu, _ = predictor.weights(features[mine], reward_weights)
-        drawn = step.draw(np.full(PROMPTS, SAMPLES))
-        table = bank.summarise(teachers[mine], *drawn, bank.approximate_norms)
-        predictor.learn(features[mine], mu, table)
+        mu, _ = predictor.weights(features[mine], np.ones_like)
+        table = bank.summarise(teachers[mine], *step.draw(np.full(PROMPTS, SAMPLES)))
+        predictor.learn(features[mine], mu, table["num_right"], table["num_drawn"])
         if number in SHOWN_AFTER:
-            mu, _ = predictor.weights(predictor.features(states[tested]), reward_weights)
+            mu, _ = predictor.weights(predictor.features(states[tested]), np.ones_like)
             rows.append({"layer": layer, "samples": number * BUDGET, "mean_predicted": mu.mean(),
                          "mean": bank.p[tested].mean(),
                          "correlation": np.corrcoef(mu, bank.p[tested])[0, 1]})
@@ -110,10 +109,9 @@ def repeat(bank: Bank, seed: int, args) -> tuple[list[dict], list[dict]]:
     taught = {layer: teach(bank, layer, teachers, tested, rng) for layer in LAYERS}
     predictor = taught[args.layer][0]
     features = predictor.features(bank.columns[args.layer].astype(float))
-    norms = {name: predictor.predict(features, name) for name in LOGARITHMS}
     for objective in SMALLEST:
-        _, weights = predictor.weights(features, fitting_rule(objective))
-        step = Step(bank, tested, objective, norms | {"weights": weights}, rng)
+        _, weights = predictor.weights(features, partial(fitting_weights, objective))
+        step = Step(bank, tested, objective, weights, rng)
         found = {name: measure(step, way, args.estimates) for name, way in WAYS.items()}
         for name, row in found.items():
             for unit in ("sample", "token"):  # against uniform in the same repetition

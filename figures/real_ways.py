@@ -26,7 +26,7 @@ class Step:
     bank: Bank
     prompts: np.ndarray  # of the bank: those it may look at
     objective: str
-    predicted: dict[str, np.ndarray]  # norm_right, norm_wrong, weights, of all prompts of the bank
+    predicted: np.ndarray  # weights, of all prompts of the bank
     rng: np.random.Generator
 
     def draw(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,10 +39,13 @@ class Step:
         return self.rng.choice(self.prompts, number)
 
 
-def fitting_rule(objective: str):
-    """The rule that fits the objective, of (p, G+, G-); for p that is predicted, or known."""
-    gvm = partial(gvm_weights, alpha=PREDICTED_ALPHA)
-    return {"raft": lambda p, right, wrong: gvm(p, right), "grpo": reward_weights}[objective]
+def fitting_weights(objective: str, p, norm_right=1.0, norm_wrong=1.0) -> np.ndarray:
+    """By the rule that fits the objective, (prompts,), for p that is predicted or known. Without
+    norms all prompts have the same."""
+    norms = [np.broadcast_to(norm, len(p)) for norm in (norm_right, norm_wrong)]
+    if objective == "raft":
+        return gvm_weights(p, norms[0], PREDICTED_ALPHA)
+    return reward_weights(p, *norms)
 
 
 def uniform(step: Step, num_prompts: int = PROMPTS) -> tuple:
@@ -55,21 +58,21 @@ def published(step: Step) -> tuple:
     """A pilot that is trained on, and the rest by the paper's rule, for GRPO as well."""
     prompts = step.choose(PROMPTS)
     pilot = step.draw(np.full(PROMPTS, PILOT))
-    found = step.bank.summarise(prompts, *pilot, step.bank.norms)
+    found = step.bank.summarise(prompts, *pilot)
     weights = gvm_weights(found["accept_rate"], found["norm_right"], PUBLISHED_ALPHA)
     rest = step.draw(allocate(weights, BUDGET, min_samples=PILOT) - PILOT)
     return prompts, *map(np.concatenate, zip(pilot, rest))
 
 
 def best(step: Step, candidates: int, known: str = "") -> tuple:
-    """The best of some prompts share the samples, by p and G. known: "p", "p and G", or neither;
-    the others are predicted."""
-    prompts = step.choose(candidates)
-    weights = step.predicted["weights"][prompts]
-    if known:
-        norms = step.predicted if known == "p" else step.bank.known
-        weights = fitting_rule(step.objective)(
-            step.bank.p[prompts], norms["norm_right"][prompts], norms["norm_wrong"][prompts])
+    """The best of some prompts share the samples. known: "p", or "p and G"; else p is predicted."""
+    prompts, bank = step.choose(candidates), step.bank
+    weights = step.predicted[prompts]
+    if known == "p":
+        weights = fitting_weights(step.objective, bank.p[prompts])
+    elif known:
+        norms = (bank.known[name][prompts] for name in ("norm_right", "norm_wrong"))
+        weights = fitting_weights(step.objective, bank.p[prompts], *norms)
     return prompts, *step.draw(allocate_or_leave(weights, BUDGET, SMALLEST[step.objective]))
 
 

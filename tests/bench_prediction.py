@@ -21,13 +21,12 @@ import torch  # noqa: E402
 import grpo  # noqa: E402
 import predictor  # noqa: E402
 import raft  # noqa: E402
-from batches import approximate_norm  # noqa: E402
 from data import problems_of_step  # noqa: E402
 from gvm import e_step, estimate  # noqa: E402
 from model import summarise_states  # noqa: E402
 from predictor import Predictor  # noqa: E402
 
-SPREADS = (1.0, 1.6, 2.9)  # SPREAD_LOG_ODDS
+SPREADS = (1.0, 1.6, 2.9)
 FLAGS = ["--allocator", "uniform", "--prompts-per-step", "32", "--steps", "60", "--lr", "1.5e-4",
          "--eval-every", "1000", "--eval-samples", "1", "--save-every", "1000"]
 
@@ -48,22 +47,22 @@ class Observer:
     """Takes the place of e_step, and asks and teaches predictors beside it."""
 
     def __init__(self):
-        self.predictors: dict[tuple, Predictor] = {}  # by layer and SPREAD_LOG_ODDS
+        self.predictors: dict[tuple, Predictor] = {}  # by layer and SPREAD
         self.rows: dict[tuple, list] = {}  # (correlation, log-likelihood) of each step
 
     def __call__(self, problems, step, state, source, args) -> tuple:
         batch = problems_of_step(problems, step, args)
         layers = states_by_layer(source.policy.model, batch)
         result = e_step(problems, step, state, source, args)
-        table = estimate(result[1], batch, args.weighting, norm_of=approximate_norm)
+        table = estimate(result[1], batch, args.weighting)
         right, wrong = table["num_right"], table["num_drawn"] - table["num_right"]
         for layer, states in enumerate(layers, start=1):
             for spread in SPREADS:
-                predictor.SPREAD_LOG_ODDS, key = spread, (layer, spread)
+                predictor.SPREAD, key = spread, (layer, spread)
                 mine = self.predictors.setdefault(key, Predictor({}))
                 features = mine.features(states)
-                mu, _ = mine.weights(features, lambda p, norm_right, norm_wrong: p)
-                mine.learn(features, mu, table)
+                mu, _ = mine.weights(features, lambda p: p)
+                mine.learn(features, mu, right, table["num_drawn"])
                 mu = mu.clip(0.005, 0.995)
                 nats = (right @ np.log(mu) + wrong @ np.log(1 - mu)) / (right + wrong).sum()
                 correlation = np.corrcoef(mu, table["accept_rate"])[0, 1]

@@ -102,13 +102,12 @@ def bench_allocator() -> None:
     """Print what a prediction takes, and time and peak memory for a hundred thousand prompts."""
     generator, ones = np.random.default_rng(0), np.ones(4096)
     right = generator.binomial(2, generator.beta(0.5, 0.5, 4096))
-    table = {"num_right": right, "num_drawn": 2 * ones, "norm_right": ones, "norm_wrong": ones}
     predictor = Predictor({})
     features = predictor.features(generator.normal(size=(4096, 256)))
 
     def predict_and_learn() -> None:
-        mu, _ = predictor.weights(features, lambda p, *norms: gvm_weights(p, norms[0]))
-        predictor.learn(features, mu, table)
+        mu, _ = predictor.weights(features, lambda p: gvm_weights(p, np.ones(len(p))))
+        predictor.learn(features, mu, right, 2 * ones)
 
     print(f"Predictor: 4,096 prompts, 256 numbers of each, predicted and learnt from: {seconds(predict_and_learn, 3):.2f} s")
     weights = np.exp(2 * generator.normal(size=100_000))

@@ -9,7 +9,7 @@ phase, and the operations between them another, since one waits for the other: t
 counted on fake ones. Grading, saving, padding and waiting for the slowest rank are not counted.
 
 vLLM schedules a token in about 18 us of Python (measured on a CPU with an engine that computes nothing): --ktokens 55.
-With --truncated-is or --candidates-per-step it is asked for the log-prob of every token: 24 us, --ktokens 42.
+With --truncated-is it is asked for the log-prob of every token: 24 us, --ktokens 42.
 
 A GPU's share of each phase. P: parameters; B: those of the layers; V H: vocabulary times hidden, the head; A: heads
 times their size; L: layers. A multiplication and its addition are two operations.

@@ -12,7 +12,7 @@ import grpo
 import gvm
 import predictor
 from allocator import allocate, gvm_weights, reward_weights
-from batches import approximate_norm, prompt_states
+from batches import prompt_states
 from folder import RunState
 from data import Problem, problems_of_step
 from gvm import SampleSource, e_step, estimate, plan_flags, rows_of_step, settle_budget
@@ -186,19 +186,6 @@ def test_counts_are_the_same_if_the_head_is_scaled(tools, problems):
     assert counts[:3] == counts[3:]
 
 
-def test_what_takes_the_place_of_a_norm(tools, problems):
-    """By hand; and on the toy it goes with the norm: nearly in proportion over right samples, roughly over wrong ones."""
-    sample = make_sample(0, 1.0, [1, 2], sampler_logprobs=np.log(np.array([0.4, 0.2], np.float32)))
-    assert approximate_norm(sample) == pytest.approx(np.sqrt(0.6**2 + 0.8**2))
-    assert approximate_norm(make_sample(0, 1.0, [1, 2], sampler_logprobs=np.zeros(2, np.float32))) == 1e-3
-    args = settled("--prompts-per-step", 64, "--allocator", "reward", "--pilot-samples", 4)
-    samples = source_of(tools, args).sample_and_grade(problems[:64], [8] * 64, 1, with_norms=True)
-    for kind, least in ((1.0, 0.95), (0.0, 0.6)):
-        logs = np.log([(approximate_norm(s), s.head_grad_norm) for s in samples if s.reward == kind])
-        assert np.corrcoef(logs.T)[0, 1] > least
-        assert np.polyfit(*logs.T, 1)[0] == pytest.approx(1, abs=0.3)  # the slope of a proportion
-
-
 def test_many_states_are_made_fewer_and_who_is_like_whom_is_kept(tools, problems, monkeypatch):
     states = prompt_states(tools[0], problems[:64], max_tokens=10_000)
     found = {}
@@ -261,7 +248,7 @@ def test_states_and_norms_that_are_not_finite_are_counted_and_teach_nothing(tool
 
 
 @pytest.mark.parametrize(("learnt", "complaint"), [
-    ({"length_mean": [0.0]}, "not for states like these: {'length_mean': .1,.}"), ({"p_mean": "high"}, "could not convert")])
+    ({"length_mean": [0.0]}, "not for states like these: {'length_mean': .1,.}"), ({"mean": "high"}, "could not convert")])
 def test_a_predictor_s_state_that_is_not_one_is_refused_in_one_line(tools, problems, learnt, complaint):
     args = settled("--candidates-per-step", 16)
     with pytest.raises(InputError, match=f"--candidates-per-step: .*{complaint}.*; leave it out, or") as error:

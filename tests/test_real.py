@@ -109,8 +109,7 @@ def fabricated(path, prompts: int = 48, samples: int = 8) -> real_bank.Bank:
 @pytest.mark.parametrize("way", real_gradient.WAYS)
 def test_an_estimate_is_the_gradient_that_the_scripts_train_on(tmp_path, objective, way):
     bank, rng = fabricated(tmp_path / "bank.npz"), np.random.default_rng(1)
-    predicted = {name: rng.random(48) for name in ("norm_right", "norm_wrong", "weights")}
-    step = real_gradient.Step(bank, np.arange(48), objective, predicted, rng)
+    step = real_gradient.Step(bank, np.arange(48), objective, rng.random(48), rng)
     prompts, rows, places = real_gradient.WAYS[way](step)
     found, described = real_gradient.estimate(step, prompts, rows, places)
     samples = [make_sample(row, reward, [0] * length) for row, reward, length in zip(
@@ -127,7 +126,7 @@ def test_what_is_measured_is_what_was_put_in(tmp_path):
     bank = fabricated(tmp_path / "bank.npz")
     bank.right[:] = True  # with all right, RAFT's estimate has no bias
     bank.exact["raft"] = bank._exact("raft")
-    step = real_gradient.Step(bank, np.arange(48), "raft", {}, np.random.default_rng(0))
+    step = real_gradient.Step(bank, np.arange(48), "raft", np.ones(48), np.random.default_rng(0))
     found = real_gradient.measure(step, real_gradient.WAYS["uniform"], 1000)
     four_times = real_gradient.measure(step, real_gradient.WAYS["uniform, 64 x 4"], 1000)
     assert found["signal"] == pytest.approx(1, abs=0.03) and found["error"] == pytest.approx(found["noise"] ** 2, rel=0.1)
