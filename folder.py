@@ -23,7 +23,7 @@ from files import append_rows, read_json, write_json
 from run import InputError, RunError, number, of_rank0, on_every_rank, on_rank0, positive_int
 from run import print0
 
-FORMAT = 4  # of a run's folder. A change of RunState, or of what a flag means, needs another one
+FORMAT = 5  # of a run's folder. A change of RunState, or of what a flag means, needs another one
 LEFT_BY_A_RUN = ("args.json", "log.jsonl", "samples.jsonl", "checkpoints")
 # What the log counts from the start of the run; all other metrics are of one step.
 TOTALS = ("samples", "samples_not_finite", "tokens", "updates", "updates_empty",
