@@ -5,10 +5,10 @@
 
 A step draws 64 samples from the bank, with replacement. So the bank's samples are the population,
 whose p, G and exact gradients are known. Each repetition resamples, too, for the intervals:
-- some prompts of the bank's first half teach a predictor: 8 steps of 16, 4 samples of each;
-- those of its second half, as many as there are, with replacement, are what steps are made of, and
-  it is their mean gradient that is estimated.
-(All choices about the predictor were made on the first half.)
+- the last prompts of the bank, --tested of them, chosen with replacement, are what steps are made
+  of, and it is their mean gradient that is estimated;
+- some of the others teach a predictor: 8 steps of 16, 4 samples of each. (All choices about the
+  predictor were made on these others.)
 
 Signal: the mean of the estimates along the exact gradient, S; noise: the root of their variance V;
 both over the exact gradient's length. Cosine: between the mean estimate and the exact gradient, 1
@@ -35,6 +35,7 @@ from tqdm import tqdm  # noqa: E402
 from files import read_rows  # noqa: E402
 from grpo import grpo_advantage  # noqa: E402
 from predictor import Predictor  # noqa: E402
+from run import InputError, run_script  # noqa: E402
 
 RECORDS = Path(__file__).with_suffix(".jsonl")
 DRAWN = Path(__file__).with_name("real_samples.jsonl")  # rewards and lengths of each prompt
@@ -103,9 +104,9 @@ def teach(bank: Bank, layer: str, teachers, tested, rng) -> tuple[Predictor, lis
 def repeat(bank: Bank, seed: int, args) -> tuple[list[dict], list[dict]]:
     """(rows about the ways, rows about the predictions) of one repetition."""
     rng = np.random.default_rng(seed)
-    first, second = np.array_split(np.arange(len(bank.p)), 2)
-    teachers = rng.permutation(first)[:TEACHERS]
-    tested, rows = rng.choice(second, len(second)), []
+    others, last = np.split(np.arange(len(bank.p)), [-args.tested])
+    teachers = rng.permutation(others)[:TEACHERS]
+    tested, rows = rng.choice(last, len(last)), []
     taught = {layer: teach(bank, layer, teachers, tested, rng) for layer in LAYERS}
     predictor = taught[args.layer][0]
     features = predictor.features(bank.columns[args.layer].astype(float))
@@ -139,6 +140,9 @@ def summary(rows: list[dict], *keys: str) -> list[dict]:
 def run_all(args) -> None:
     """Measure, write the records, and what was drawn of each prompt."""
     bank, ways, predictions = Bank(args.bank), [], []
+    if not 0 < args.tested < len(bank.p):
+        raise InputError(f"--tested {args.tested}: must be at least 1, and fewer than the "
+                         f"{len(bank.p)} prompts of --bank; name another")
     for seed in tqdm(range(args.repetitions)):
         rows, shown = repeat(bank, seed, args)
         ways, predictions = ways + rows, predictions + shown
@@ -206,6 +210,7 @@ def main(argv=None) -> None:
     add("--bank", type=Path, required=True)
     add("--drawn", type=Path, default=DRAWN, help="rewards and lengths go there")
     add("--layer", choices=LAYERS, default="middle", help="whose states the ways' predictor gets")
+    add("--tested", type=int, default=256, help="of the bank's prompts, the last; others teach")
     add("--repetitions", type=int, default=100)
     add("--estimates", type=int, default=1000, help="steps for each number")
     args = parser.parse_args(argv)
@@ -213,4 +218,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

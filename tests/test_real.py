@@ -151,7 +151,9 @@ def test_a_bank_is_gone_on_with_and_its_tables_are_printed(tmp_path, capsys):
     assert len(np.load(out)["row"]) == 64
 
     run = ["run", "--bank", str(out), "--repetitions", "2", "--estimates", "4", "--drawn", str(tmp_path / "drawn.jsonl")]
-    real_gradient.main([*run, *records])
+    with pytest.raises(InputError, match="--tested 256: must be .* fewer than the 64 prompts"):
+        real_gradient.main([*run, *records])
+    real_gradient.main([*run, "--tested", "32", *records])
     real_gradient.main(["table", *records])
     shown = capsys.readouterr().out
     assert all(f"| {objective} | {way} |" in shown for objective in ("raft", "grpo") for way in real_gradient.WAYS)
@@ -160,9 +162,9 @@ def test_a_bank_is_gone_on_with_and_its_tables_are_printed(tmp_path, capsys):
     assert [row["rewards"].count("1") for row in drawn] == whole["rewards"].sum(axis=1).tolist()
 
 
-def test_the_records_are_of_512_prompts_with_32_samples_each(capsys):
+def test_the_records_are_of_768_prompts_with_32_samples_each(capsys):
     drawn = [json.loads(line) for line in real_gradient.DRAWN.read_text().splitlines()]
-    assert len({row["row"] for row in drawn}) == 512 and all(len(row["rewards"]) == len(row["tokens"]) == 32 for row in drawn)
+    assert len({row["row"] for row in drawn}) == 768 and all(len(row["rewards"]) == len(row["tokens"]) == 32 for row in drawn)
     real_gradient.main(["table"])
     found = dict(line[2:].split(" | ", 1) for line in capsys.readouterr().out.splitlines() if "layer | 512" in line)
     assert found.keys() == {"middle layer", "last layer"}
