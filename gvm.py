@@ -78,17 +78,15 @@ class Rule:
 
     weights: Callable  # of (p, G+, G-, args) to w; all but args are (prompts,)
     objective: str | None = None  # the one whose variance is sum_i w_i^2 / n_i, if any
-    needs_pilot: bool = True
+    needs_pilot: bool = True  # it looks at p
     needs_wrong: bool = True  # it looks at G-, so that wrong samples are scored as well
-    each_by_itself: bool = False  # w_i follows from p_i, G+_i, G-_i alone: predictions need that
 
 
 RULES = {
     "uniform": Rule(lambda p, G, G_wrong, args: np.ones(len(p)), needs_pilot=False),
     "gvm": Rule(lambda p, G, G_wrong, args: gvm_weights(p, G, args.alpha, args.beta),
-                objective="raft", needs_wrong=False, each_by_itself=True),
-    "reward": Rule(lambda p, G, G_wrong, args: reward_weights(p, G, G_wrong),
-                   objective="grpo", each_by_itself=True),
+                objective="raft", needs_wrong=False),
+    "reward": Rule(lambda p, G, G_wrong, args: reward_weights(p, G, G_wrong), objective="grpo"),
 }
 PUBLISHED = "gvm"  # for RAFT and for GRPO
 
@@ -195,9 +193,9 @@ def settle_budget(args: argparse.Namespace, objective: str | None = None) -> Non
         args.allocator = fitting[0] if predicts and fitting else PUBLISHED
     rule = RULES[args.allocator]
     takes_pilot = rule.needs_pilot and not predicts
-    if predicts and not rule.each_by_itself:
-        raise InputError(f"--candidates-per-step: --allocator {args.allocator} does not weigh each "
-                         "prompt by its own p and G; leave one of the two out")
+    if predicts and not rule.needs_pilot:
+        raise InputError(f"--candidates-per-step: --allocator {args.allocator} does not look at p; "
+                         "leave one of the two out")
     if not takes_pilot and (args.pilot_samples or args.e_step_every > 1):
         chosen = "--candidates-per-step" if predicts else f"--allocator {args.allocator}"
         raise InputError(f"--pilot-samples, --e-step-every: no pilot is taken with {chosen}; "
@@ -226,14 +224,14 @@ def predicted_step(problems: list[Problem], step: int, state, source: SampleSour
     with source.timer("predict"):
         states = prompt_states(source.policy, candidates, args.tokens_per_micro_batch)
         predictor, features = on_every_rank(start_predictor, state.predictor, states)
-        rule = RULES[args.allocator].weights  # with all G = 1
-        p, weights = predictor.weights(features, lambda p: rule(p, *np.ones((2, len(p))), args))
+    p, ones = predictor.predict(features), np.ones(len(candidates))
+    weights = RULES[args.allocator].weights(p, ones, ones, args)  # all G are taken to be equal
     budget, objective = args.prompts_per_step * args.samples_per_prompt, OBJECTIVES[args.objective]
     counts = of_rank0(allocate_or_leave(weights, budget, objective.smallest_group))
     samples = source.sample_and_grade(candidates, counts, step)
     right = Counter(sample.problem for sample in samples if sample.reward > 0)
     num_right = np.array([right[problem.id] for problem in candidates])
-    predictor.learn(features, p, num_right, counts)
+    predictor.learn(features, num_right, counts)
     state.predictor = predictor.learnt
     batch = [problem for problem, count in zip(candidates, counts) if count > 0]
     metrics = describe_step(batch, samples, drawn=samples)

@@ -12,7 +12,10 @@ from allocator import allocate
 from data import problems_of_step
 from losses import OBJECTIVES
 from metrics import describe_step
-from predictor import LOG_P, LOG_Q, allocate_or_leave
+from predictor import allocate_or_leave
+
+LOG_ODDS = np.linspace(-12, 12, 97)  # ln p/q: a grid of what p may be
+LOG_P, LOG_Q = -np.logaddexp(0, -LOG_ODDS), -np.logaddexp(0, LOG_ODDS)
 
 
 def mixed_only(problems, step, state, source, args) -> tuple:

@@ -21,7 +21,6 @@ sample, or, since users pay tokens, for each token. Bias across the gradient is 
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 (the project's modules lie one folder up)
 from real_bank import Bank, facts  # noqa: E402
-from real_ways import BUDGET, PROMPTS, SAMPLES, SMALLEST, WAYS, Step, fitting_weights  # noqa: E402
+from real_ways import BUDGET, PROMPTS, SAMPLES, SMALLEST, WAYS, Step  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from files import read_rows  # noqa: E402
@@ -90,14 +89,13 @@ def teach(bank: Bank, layer: str, teachers, tested, rng) -> tuple[Predictor, lis
     step = Step(bank, teachers, "raft", np.zeros(0), rng)
     for number in range(1, len(teachers) // PROMPTS + 1):
         mine = np.arange((number - 1) * PROMPTS, number * PROMPTS)
-        mu, _ = predictor.weights(features[mine], np.ones_like)
         table = bank.summarise(teachers[mine], *step.draw(np.full(PROMPTS, SAMPLES)))
-        predictor.learn(features[mine], mu, table["num_right"], table["num_drawn"])
+        predictor.learn(features[mine], table["num_right"], table["num_drawn"])
         if number in SHOWN_AFTER:
-            mu, _ = predictor.weights(predictor.features(states[tested]), np.ones_like)
-            rows.append({"layer": layer, "samples": number * BUDGET, "mean_predicted": mu.mean(),
+            p = predictor.predict(predictor.features(states[tested]))
+            rows.append({"layer": layer, "samples": number * BUDGET, "mean_predicted": p.mean(),
                          "mean": bank.p[tested].mean(),
-                         "correlation": np.corrcoef(mu, bank.p[tested])[0, 1]})
+                         "correlation": np.corrcoef(p, bank.p[tested])[0, 1]})
     return predictor, rows
 
 
@@ -109,10 +107,9 @@ def repeat(bank: Bank, seed: int, args) -> tuple[list[dict], list[dict]]:
     tested, rows = rng.choice(last, len(last)), []
     taught = {layer: teach(bank, layer, teachers, tested, rng) for layer in LAYERS}
     predictor = taught[args.layer][0]
-    features = predictor.features(bank.columns[args.layer].astype(float))
+    predicted_p = predictor.predict(predictor.features(bank.columns[args.layer].astype(float)))
     for objective in SMALLEST:
-        _, weights = predictor.weights(features, partial(fitting_weights, objective))
-        step = Step(bank, tested, objective, weights, rng)
+        step = Step(bank, tested, objective, predicted_p, rng)
         found = {name: measure(step, way, args.estimates) for name, way in WAYS.items()}
         for name, row in found.items():
             for unit in ("sample", "token"):  # against uniform in the same repetition

@@ -26,7 +26,7 @@ class Step:
     bank: Bank
     prompts: np.ndarray  # of the bank: those it may look at
     objective: str
-    predicted: np.ndarray  # weights, of all prompts of the bank
+    predicted_p: np.ndarray  # of all prompts of the bank
     rng: np.random.Generator
 
     def draw(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,19 +39,16 @@ class Step:
         return self.rng.choice(self.prompts, number)
 
 
-def fitting_weights(objective: str, p, norm_right=1.0, norm_wrong=1.0) -> np.ndarray:
-    """By the rule that fits the objective, (prompts,), for p that is predicted or known. Without
-    norms all prompts have the same."""
-    norms = [np.broadcast_to(norm, len(p)) for norm in (norm_right, norm_wrong)]
-    if objective == "raft":
-        return gvm_weights(p, norms[0], PREDICTED_ALPHA)
-    return reward_weights(p, *norms)
-
-
-def uniform(step: Step, num_prompts: int = PROMPTS) -> tuple:
+def uniform(step: Step, num_prompts: int = PROMPTS, each: int = SAMPLES) -> tuple:
     """Equal counts."""
     prompts = step.choose(num_prompts)
-    return prompts, *step.draw(np.full(num_prompts, SAMPLES))
+    return prompts, *step.draw(np.full(num_prompts, each))
+
+
+def most_prompts(step: Step) -> tuple:
+    """Equal counts, as small as they can be: many prompts are served, but not by choice."""
+    each = SMALLEST[step.objective]
+    return uniform(step, BUDGET // each, each)
 
 
 def published(step: Step) -> tuple:
@@ -61,24 +58,29 @@ def published(step: Step) -> tuple:
     found = step.bank.summarise(prompts, *pilot)
     weights = gvm_weights(found["accept_rate"], found["norm_right"], PUBLISHED_ALPHA)
     rest = step.draw(allocate(weights, BUDGET, min_samples=PILOT) - PILOT)
-    return prompts, *map(np.concatenate, zip(pilot, rest))
+    rows, samples = (np.concatenate(both) for both in zip(pilot, rest))
+    return prompts, rows, samples
 
 
 def best(step: Step, candidates: int, known: str = "") -> tuple:
-    """The best of some prompts share the samples. known: "p", or "p and G"; else p is predicted."""
+    """The best of some prompts share the samples. known: "p", or "p and G". Otherwise p is
+    predicted, and all G are equal."""
     prompts, bank = step.choose(candidates), step.bank
-    weights = step.predicted[prompts]
-    if known == "p":
-        weights = fitting_weights(step.objective, bank.p[prompts])
-    elif known:
-        norms = (bank.known[name][prompts] for name in ("norm_right", "norm_wrong"))
-        weights = fitting_weights(step.objective, bank.p[prompts], *norms)
+    p, norms = step.predicted_p[prompts], np.ones((2, candidates))
+    if known in ("p", "p and G"):
+        p = bank.p[prompts]
+    if known == "p and G":
+        norms = bank.known["norm_right"][prompts], bank.known["norm_wrong"][prompts]
+    if step.objective == "raft":  # by the rule that fits
+        weights = gvm_weights(p, norms[0], PREDICTED_ALPHA)
+    else:
+        weights = reward_weights(p, *norms)
     return prompts, *step.draw(allocate_or_leave(weights, BUDGET, SMALLEST[step.objective]))
 
 
 WAYS = {
     "uniform": uniform,
-    "uniform, 64 x 4": partial(uniform, num_prompts=64),  # a step of 256 samples
+    "uniform, most prompts": most_prompts,
     "published": published,
     "predicted": partial(best, candidates=PROMPTS),
     "wider pool": partial(best, candidates=CANDIDATES),

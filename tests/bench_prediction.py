@@ -61,8 +61,8 @@ class Observer:
                 predictor.SPREAD, key = spread, (layer, spread)
                 mine = self.predictors.setdefault(key, Predictor({}))
                 features = mine.features(states)
-                mu, _ = mine.weights(features, lambda p: p)
-                mine.learn(features, mu, right, table["num_drawn"])
+                mu = mine.predict(features)
+                mine.learn(features, right, table["num_drawn"])
                 mu = mu.clip(0.005, 0.995)
                 nats = (right @ np.log(mu) + wrong @ np.log(1 - mu)) / (right + wrong).sum()
                 correlation = np.corrcoef(mu, table["accept_rate"])[0, 1]

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from conftest import flags  # noqa: E402
 
-from allocator import allocate, gvm_weights  # noqa: E402
+from allocator import allocate  # noqa: E402
 from batches import collate, distribute, micro_batches  # noqa: E402
 from data import Sample, encode_prompt, load_problems  # noqa: E402
 from model import Policy  # noqa: E402
@@ -106,8 +106,8 @@ def bench_allocator() -> None:
     features = predictor.features(generator.normal(size=(4096, 256)))
 
     def predict_and_learn() -> None:
-        mu, _ = predictor.weights(features, lambda p: gvm_weights(p, np.ones(len(p))))
-        predictor.learn(features, mu, right, 2 * ones)
+        predictor.predict(features)
+        predictor.learn(features, right, 2 * ones)
 
     print(f"Predictor: 4,096 prompts, 256 numbers of each, predicted and learnt from: {seconds(predict_and_learn, 3):.2f} s")
     weights = np.exp(2 * generator.normal(size=100_000))

@@ -168,8 +168,8 @@ def foretell(policy: Policy, sampler, grader, problems, others) -> dict[str, np.
             predicted_step(problems_of_step(others, step, args), step, state, source, args)
         predictor = Predictor(state.predictor)
         features = predictor.features(prompt_states(policy, problems, args.tokens_per_micro_batch))
-        weights = gvm.RULES[rule].weights
-        _, found[rule] = predictor.weights(features, lambda p: weights(p, *np.ones((2, len(p))), args))
+        ones = np.ones(len(problems))
+        found[rule] = gvm.RULES[rule].weights(predictor.predict(features), ones, ones, args)
     return found
 
 

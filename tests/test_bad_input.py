@@ -290,7 +290,7 @@ FLAGS = [
     ("pilot-of-uniform", nothing, "raft --allocator uniform --pilot-samples 2", "no pilot is taken with --allocator uniform"),
     ("window-of-uniform", nothing, "raft --allocator uniform --e-step-every 2", "no pilot is taken with --allocator uniform"),
     ("candidates-of-uniform", nothing, "grpo --allocator uniform --candidates-per-step 32",
-     "--candidates-per-step: --allocator uniform does not weigh each prompt by its own p and G"),
+     "--candidates-per-step: --allocator uniform does not look at p; leave one"),
     ("candidates-below-prompts", nothing, "raft --candidates-per-step 8", "--prompts-per-step: from --updates-per-step"),
     ("candidates-above-data", holds("few.jsonl", GOOD * 3), f"raft {FEW} --candidates-per-step 4",
      "--candidates-per-step, if set, which is at most 3, the number of problems"),

