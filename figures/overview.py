@@ -18,11 +18,13 @@ from speed_table import groups_of  # noqa: E402
 
 STYLES = {  # of the toy's curves: (label, how it is drawn)
     "uniform": ("uniform", {"color": "black", "linestyle": ":", "marker": "o"}),
+    "most prompts": ("uniform, most prompts", {"color": "grey", "linestyle": ":", "marker": "s"}),
     "published": ("GVM as published", {"color": "grey", "linestyle": "--", "marker": "^"}),
     "wider pool": ("p predicted, 64 candidates",
                    {"color": "black", "linestyle": "-", "marker": "D"}),
 }
 WAYS = {  # of the real model's gradient: names in the records, and in the figure
+    "most prompts": "uniform,\nmost prompts",
     "published": "GVM as\npublished",
     "predicted": "p predicted,\n16 candidates",
     "wider pool": "p predicted,\n64 candidates",

@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 (the project's modules lie one folder up)
 from real_bank import Bank, facts  # noqa: E402
-from real_ways import BUDGET, PROMPTS, SAMPLES, SMALLEST, WAYS, Step  # noqa: E402
+from real_ways import BUDGET, PROMPTS, SAMPLES, WAYS, Step  # noqa: E402
+from speed import SMALLEST  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from files import read_rows  # noqa: E402

@@ -9,14 +9,13 @@ from functools import partial
 
 import numpy as np
 from real_bank import Bank
-from speed import PREDICTED_ALPHA, PUBLISHED_ALPHA
+from speed import PREDICTED_ALPHA, PUBLISHED_ALPHA, SMALLEST
 
 from allocator import allocate, gvm_weights, reward_weights
 from predictor import allocate_or_leave
 
 PROMPTS, SAMPLES, PILOT, CANDIDATES = 16, 4, 2, 64
 BUDGET = PROMPTS * SAMPLES  # of a step
-SMALLEST = {"raft": 1, "grpo": 2}  # samples of a prompt that say something, by objective
 
 
 @dataclass
@@ -80,7 +79,7 @@ def best(step: Step, candidates: int, known: str = "") -> tuple:
 
 WAYS = {
     "uniform": uniform,
-    "uniform, most prompts": most_prompts,
+    "most prompts": most_prompts,
     "published": published,
     "predicted": partial(best, candidates=PROMPTS),
     "wider pool": partial(best, candidates=CANDIDATES),

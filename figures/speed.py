@@ -8,9 +8,10 @@
     python figures/speed_table.py                 # the tables of figures/README.md
 
 measure.py says what is measured, tuning.py how learning rates are tuned, for each method by itself
-and on seeds that are not reported, SETTINGS where and how often. A step draws 64 samples, 16
-prompts x 4 where counts are uniform, and makes one update. Splits are not tuned. Seconds are steps
-times the seconds of a step, which `time` measures at the start of a run.
+and on seeds that are not reported, SETTINGS where and how often. A step draws 64 samples and makes
+one update. *Uniform* has 16 prompts x 4; *most prompts* has equal counts, too, but the smallest
+from which the objective learns, 64 x 1 or 32 x 2: it shows what prompts are worth by their number.
+Seconds are steps times the seconds of a step, which `time` measures at the start of a run.
 """
 
 import argparse
@@ -30,9 +31,10 @@ from measure import mixed_pairs  # noqa: E402
 from tuning import Setting, missing_runs, runs_to_time  # noqa: E402
 
 FIGURES = ROOT / "figures"
-METHODS = ("uniform", "published", "predicted", "wider pool")  # see flags
+METHODS = ("uniform", "most prompts", "published", "predicted", "wider pool")  # see flags
 PROMPTS, SAMPLES_EACH, PILOT = 16, 4, 2  # prompts a step; samples, and of these pilot, of each
 POOL = 4 * PROMPTS  # of which the best are served
+SMALLEST = {"raft": 1, "grpo": 2}  # samples of a prompt that teach something, by objective
 PUBLISHED_ALPHA, PREDICTED_ALPHA = 0.001, 0.01
 OF_A_STEP = ("step", "prompts_sometimes", "accept_rate", "predicted_accept_rate",
              "prediction_correlation")  # of log.jsonl
@@ -61,16 +63,21 @@ SETTINGS = {
 def flags(setting: Setting, spec: dict, folder: Path) -> list[str]:
     """The command line of a run, but for its length and folder: the model, and all in which methods
     differ. The rest are the script's defaults."""
+    prompts, each = PROMPTS, SAMPLES_EACH
+    if spec["method"] == "most prompts":
+        each = SMALLEST[spec["objective"]]
+        prompts = PROMPTS * SAMPLES_EACH // each
     rule = {"raft": "gvm", "grpo": "reward"}[spec["objective"]]  # that fits
     fitting = ["--allocator", rule, "--alpha", PREDICTED_ALPHA]
     of_method = {
         "uniform": ["--allocator", "uniform"],
+        "most prompts": ["--allocator", "uniform"],
         "published": ["--allocator", "gvm", "--alpha", PUBLISHED_ALPHA, "--pilot-samples", PILOT],
         "predicted": ["--candidates-per-step", PROMPTS, *fitting],
         "wider pool": ["--candidates-per-step", POOL, *fitting],
     }
     words = [*(word.format(folder) for word in setting.model_flags),
-             "--prompts-per-step", PROMPTS, "--samples-per-prompt", SAMPLES_EACH,
+             "--prompts-per-step", prompts, "--samples-per-prompt", each,
              "--updates-per-step", 1, "--lr", spec["rate"], "--seed", spec["seed"],
              *of_method[spec["method"]]]
     return [str(word) for word in words]

@@ -96,7 +96,7 @@ def pilot_and_alpha(objective: str, method: str) -> str:
     """A method's pilot and alpha, as the table has them. GRPO's fitting rule has no alpha."""
     if method == "published":
         return f"{PILOT}, {PUBLISHED_ALPHA}"
-    if method == "uniform" or objective == "grpo":
+    if method in ("uniform", "most prompts") or objective == "grpo":
         return "none"
     return f"none, {PREDICTED_ALPHA}"
 

@@ -101,7 +101,7 @@ def test_a_rule_that_compares_prompts_works_with_a_pilot_and_with_predictions(de
     assert line["samples"] == 32 and line["predicted_variance"] is None
     raft.main([*words, str(tmp_path / "other"), "--candidates-per-step", "16"])
     samples = read_rows(tmp_path / "other" / "samples.jsonl")
-    assert samples and len({sample["id"] for sample in samples}) == 1  # all go to one prompt
+    assert samples and len({sample["problem"] for sample in samples}) == 1  # all go to one prompt
 
 
 @pytest.fixture
