@@ -26,9 +26,9 @@ STYLES = {  # of the toy's curves: (label, how it is drawn)
 WAYS = {  # of the real model's gradient: names in the records, and in the figure
     "most prompts": "uniform,\nmost prompts",
     "published": "GVM as\npublished",
-    "predicted": "p predicted,\n16 candidates",
-    "wider pool": "p predicted,\n64 candidates",
-    "known p, wider pool": "p known,\n64 candidates",
+    "predicted": "p predicted,\nof 16",
+    "wider pool": "p predicted,\nof 64",
+    "known p, wider pool": "p known,\nof 64",
 }
 LOWEST = 0.05
 
