@@ -70,13 +70,6 @@ def regress(known: tuple, features, num_right, num_drawn) -> tuple:
     return mean, precision
 
 
-def first_learnt(states: np.ndarray) -> dict[str, np.ndarray]:
-    """What a Predictor knows before its first step, whose states these are."""
-    size = min(states.shape[1], NUM_STATES) + 1
-    return {"centre": states.mean(axis=0), "scale": states.std(axis=0) + 1e-6,
-            "mean": np.zeros(size), "precision": first_precision(size)}  # of the coefficients
-
-
 class Predictor:
     """Predicts p, and learns from what is then drawn.
 
@@ -98,15 +91,20 @@ class Predictor:
         """
         is_finite = np.isfinite(states).all(axis=1)
         states = np.where(is_finite[:, None], states, 0.0)
+        size = min(states.shape[1], NUM_STATES) + 1
         if not self.learnt:
             if not is_finite.any():
                 raise ValueError("the states of all prompts are NaN or infinite")
-            self.learnt = first_learnt(states[is_finite])
-        known, fitting = self.learnt, first_learnt(states)
-        found, expected = ({n: x.shape for n, x in each.items()} for each in (known, fitting))
-        if found != expected:
-            raise ValueError(f"what was learnt is not for states like these: {found}")
-        standard = ((states - known["centre"]) / known["scale"]).clip(-10, 10)
+            finite = states[is_finite]
+            self.learnt = {
+                "centre": finite.mean(axis=0), "scale": finite.std(axis=0) + 1e-6,
+                "mean": np.zeros(size), "precision": first_precision(size)}  # of the coefficients
+
+        shapes = {name: array.shape for name, array in self.learnt.items()}
+        one = states.shape[1:]  # of each prompt
+        if shapes != {"centre": one, "scale": one, "mean": (size,), "precision": (size, size)}:
+            raise ValueError(f"what was learnt is not for states like these: {shapes}")
+        standard = ((states - self.learnt["centre"]) / self.learnt["scale"]).clip(-10, 10)
         standard[~is_finite] = 0.0
         if states.shape[1] > NUM_STATES:  # the same random sums in every step
             directions = np.random.default_rng(0).normal(size=(states.shape[1], NUM_STATES))

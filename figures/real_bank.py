@@ -156,7 +156,7 @@ class Bank:
     def __init__(self, path: Path):
         with np.load(path) as columns:
             self.columns = {name: columns[name] for name in columns.files}
-        self.right = self.columns["rewards"] > 0  # (prompts, samples), as the next three
+        self.right = self.columns["rewards"] > 0  # (prompts, samples), as the next two
         self.lengths, self.norms = self.columns["lengths"], self.columns["norms"].astype(float)
         self.sketches = self.columns["sketches"].astype(float)  # (prompts, samples, size)
         self.p = self.right.mean(axis=1)

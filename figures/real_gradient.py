@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 (the project's modules lie one folder up)
 from real_bank import Bank, facts  # noqa: E402
-from real_ways import BUDGET, PROMPTS, SAMPLES, WAYS, Step  # noqa: E402
-from speed import SMALLEST  # noqa: E402
+from real_ways import BUDGET, WAYS, Step  # noqa: E402
+from speed import PROMPTS, SAMPLES_EACH, SMALLEST  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from files import read_rows  # noqa: E402
@@ -90,7 +90,7 @@ def teach(bank: Bank, layer: str, teachers, tested, rng) -> tuple[Predictor, lis
     step = Step(bank, teachers, "raft", np.zeros(0), rng)
     for number in range(1, len(teachers) // PROMPTS + 1):
         mine = np.arange((number - 1) * PROMPTS, number * PROMPTS)
-        table = bank.summarise(teachers[mine], *step.draw(np.full(PROMPTS, SAMPLES)))
+        table = bank.summarise(teachers[mine], *step.draw(np.full(PROMPTS, SAMPLES_EACH)))
         predictor.learn(features[mine], table["num_right"], table["num_drawn"])
         if number in SHOWN_AFTER:
             p = predictor.predict(predictor.features(states[tested]))

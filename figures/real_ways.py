@@ -9,13 +9,12 @@ from functools import partial
 
 import numpy as np
 from real_bank import Bank
-from speed import PREDICTED_ALPHA, PUBLISHED_ALPHA, SMALLEST
+from speed import PILOT, POOL, PREDICTED_ALPHA, PROMPTS, PUBLISHED_ALPHA, SAMPLES_EACH, SMALLEST
 
 from allocator import allocate, gvm_weights, reward_weights
 from predictor import allocate_or_leave
 
-PROMPTS, SAMPLES, PILOT, CANDIDATES = 16, 4, 2, 64
-BUDGET = PROMPTS * SAMPLES  # of a step
+BUDGET = PROMPTS * SAMPLES_EACH  # of a step
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Step:
         return self.rng.choice(self.prompts, number)
 
 
-def uniform(step: Step, num_prompts: int = PROMPTS, each: int = SAMPLES) -> tuple:
+def uniform(step: Step, num_prompts: int = PROMPTS, each: int = SAMPLES_EACH) -> tuple:
     """Equal counts."""
     prompts = step.choose(num_prompts)
     return prompts, *step.draw(np.full(num_prompts, each))
@@ -82,8 +81,8 @@ WAYS = {
     "most prompts": most_prompts,
     "published": published,
     "predicted": partial(best, candidates=PROMPTS),
-    "wider pool": partial(best, candidates=CANDIDATES),
+    "wider pool": partial(best, candidates=POOL),
     "known": partial(best, candidates=PROMPTS, known="p and G"),
-    "known p, wider pool": partial(best, candidates=CANDIDATES, known="p"),
-    "known, wider pool": partial(best, candidates=CANDIDATES, known="p and G"),
+    "known p, wider pool": partial(best, candidates=POOL, known="p"),
+    "known, wider pool": partial(best, candidates=POOL, known="p and G"),
 }

@@ -145,7 +145,8 @@ def main() -> None:
     add("--jobs", type=int, default=2, help="runs at a time, one core each; `time` takes one")
     add("--records", type=Path, help="where runs are kept, if not where they are looked for")
     add("--objectives", nargs="+", choices=("raft", "grpo"), default=("raft", "grpo"))
-    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--methods", nargs="+", choices=METHODS, default=METHODS,
+        help="RAFT's wider pool is not run: each candidate would get one sample, as in most prompts")
     args = parser.parse_args()
     setting, deadline = SETTINGS[args.on], time.monotonic() + 60 * args.minutes
     path = args.records or setting.records_path

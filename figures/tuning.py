@@ -14,6 +14,7 @@ from measure import TOKENS, geometric_mean, run_costs
 
 KEY = ("stage", "objective", "method", "rate", "seed")
 TIMED_SEEDS = (100, 101)
+NOT_RUN = {("raft", "wider pool")}  # each candidate gets one sample: these are most prompts' runs
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,11 @@ def missing_runs(setting: Setting, records: list[dict], objectives, methods, onl
     """The runs that are not in the records yet: those that tune, or if there are none, and not
     only_tune, those that are reported, seed after seed."""
     tuning, reported = [], []
-    for objective in objectives:
-        for method in methods:
-            wanted, best = tune(setting, records, objective, method)
-            tuning += [("tune", objective, method, *pair) for pair in sorted(wanted)]
-            if best:
-                reported += [("report", objective, method, best, seed) for seed in setting.seeds]
+    for objective, method in pairs_of(objectives, methods):
+        wanted, best = tune(setting, records, objective, method)
+        tuning += [("tune", objective, method, *pair) for pair in sorted(wanted)]
+        if best:
+            reported += [("report", objective, method, best, seed) for seed in setting.seeds]
     missing = not_in(records, tuning)
     if not missing and not only_tune:
         missing = not_in(records, sorted(reported, key=lambda key: key[-1]))
@@ -85,8 +85,13 @@ def runs_to_time(setting: Setting, records: list[dict], objectives, methods) -> 
     """The timing runs that are missing: of each method at its best rate one for each of
     TIMED_SEEDS. Methods that are not tuned yet are left out."""
     keys = [("time", objective, method, tune(setting, records, objective, method)[1], seed)
-            for seed in TIMED_SEEDS for objective in objectives for method in methods]
+            for seed in TIMED_SEEDS for objective, method in pairs_of(objectives, methods)]
     return not_in(records, [key for key in keys if key[3] is not None])
+
+
+def pairs_of(objectives, methods) -> list[tuple[str, str]]:
+    """(objective, method) of all that are run."""
+    return [pair for pair in product(objectives, methods) if pair not in NOT_RUN]
 
 
 def not_in(records: list[dict], keys: list[tuple]) -> list[dict]:

@@ -172,6 +172,14 @@ def test_two_steps_of_each_method_spend_the_same(method):
     assert 0 < timed["seconds_a_step"] < 60 and [step for step, *_ in timed["curve"]] == [0, 2]
 
 
+def test_nothing_is_missing_in_the_toy_s_records():
+    """RAFT's wider pool is not run; all else that the tables show is there, tuned, reported and timed."""
+    records, both = speed.read_records(TOY.records_path), ("raft", "grpo")
+    assert tuning.missing_runs(TOY, records, both, speed.METHODS) == tuning.runs_to_time(TOY, records, both, speed.METHODS) == []
+    assert {spec["method"] for spec in tuning.missing_runs(TOY, [], ["raft"], speed.METHODS)} == set(speed.METHODS) - {"wider pool"}
+    assert {spec["method"] for spec in tuning.missing_runs(TOY, [], ["grpo"], speed.METHODS)} == set(speed.METHODS)
+
+
 @pytest.mark.slow
 def test_the_figure_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
