@@ -38,6 +38,13 @@ SMALLEST = {"raft": 1, "grpo": 2}  # samples of a prompt that teach something, b
 PUBLISHED_ALPHA, PREDICTED_ALPHA = 0.001, 0.01
 OF_A_STEP = ("step", "prompts_sometimes", "accept_rate", "predicted_accept_rate",
              "prediction_correlation")  # of log.jsonl
+# Python that runs the script it is given, whose matrix products then round their factors to bf16.
+IN_BF16 = """
+import runpy, sys, torch
+torch.set_float32_matmul_precision("medium")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 SETTINGS = {
     "toy": Setting(
@@ -46,7 +53,7 @@ SETTINGS = {
         first_rates=(1.5e-4, 3e-4), search_seeds=(100, 101), final_seeds=(102, 103),
         seeds=range(400, 420),
         parts=((40, 5), (120, 20)),  # evaluated more often where curves are steep
-        eval_samples=5, timed_steps=60, keep_steps=False,
+        eval_samples=5, timed_steps=60, keep_steps=False, in_bf16=False,
         accuracies=(0.55, 0.58, 0.60), budget=(120, 7680, 160_000)),
     "real": Setting(
         FIGURES / "real_speed.jsonl",
@@ -55,7 +62,7 @@ SETTINGS = {
          "--tokens-per-micro-batch", "1024"),  # less padding
         first_rates=(1e-5, 2e-5), search_seeds=(100,), final_seeds=(),
         seeds=range(400, 405),
-        parts=((60, 20),), eval_samples=2, timed_steps=8, keep_steps=True,
+        parts=((60, 20),), eval_samples=2, timed_steps=8, keep_steps=True, in_bf16=True,
         accuracies=(0.18, 0.20), budget=(60, 3840, 40_000)),
 }
 
@@ -92,13 +99,15 @@ def run(setting: Setting, spec: dict, folder: Path) -> dict:
         for steps, eval_every in parts:  # a second part resumes the first
             if spec["stage"] == "tune" and highest(curve_of(log)) >= setting.accuracies[-1]:
                 break  # its costs are known
-            words = [sys.executable, ROOT / f"{spec['objective']}.py",
+            words = [sys.executable, *(("-c", IN_BF16) if setting.in_bf16 else ()),
+                     ROOT / f"{spec['objective']}.py",
                      *flags(setting, spec, folder), "--out", log.parent, "--resume",
                      "--steps", steps, "--eval-every", eval_every, "--save-every", steps,
                      "--eval-samples", 1 if timed else setting.eval_samples,
                      "--keep-samples", POOL if setting.keep_steps else 0]
             done = subprocess.run([str(word) for word in words], capture_output=True, text=True,
-                                  check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                  check=False, env=os.environ | {"OMP_NUM_THREADS": "1",
+                                                     "PYTHONPATH": str(ROOT)})
             if done.returncode:
                 sys.exit(f"{spec}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
         record, lines = spec | {"curve": curve_of(log)}, read_rows(log)
