@@ -30,7 +30,6 @@ class Setting:
     parts: tuple[tuple[int, int], ...]  # (last step, steps between evaluations)
     eval_samples: int  # of each problem
     timed_steps: int
-    in_bf16: bool  # factors of matrix products: as on a GPU, and faster on a CPU that has AMX
     keep_steps: bool  # what the log and the samples say of each step is kept, too
     accuracies: tuple[float, ...]  # ascending, to which costs are measured
     budget: tuple[int, int, int]  # steps, samples, tokens: by column of a curve
