@@ -43,14 +43,17 @@ def speedup(of_uniform: np.ndarray, costs: np.ndarray) -> float:
     return geometric_mean(of_uniform.mean(axis=0) / costs.mean(axis=0))
 
 
+def accuracy_after(curve, tokens) -> np.ndarray:
+    """The accuracy when so many tokens are spent, a number or an array, linear between evaluations.
+    Raises ValueError if the run has not spent them."""
+    if curve[-1][TOKENS] < np.max(tokens):
+        raise ValueError(f"a run ends after {curve[-1][TOKENS]} tokens, below {np.max(tokens):.0f}")
+    return np.interp(tokens, *np.array(curve)[:, [TOKENS, ACCURACY]].T)
+
+
 def mean_accuracy(curve, budget: float) -> float:
-    """Over the budget in tokens, linear between evaluations. Raises ValueError if the run has not
-    spent it."""
-    if curve[-1][TOKENS] < budget:
-        raise ValueError(f"a run ends after {curve[-1][TOKENS]} tokens, below {budget}")
-    tokens, accuracy = np.array(curve)[:, [TOKENS, ACCURACY]].T
-    grid = np.linspace(0, budget, 1001)
-    return float(np.interp(grid, tokens, accuracy).mean())
+    """Over the budget in tokens. Raises ValueError if the run has not spent it."""
+    return float(accuracy_after(curve, np.linspace(0, budget, 1001)).mean())
 
 
 def points_above(of_uniform: np.ndarray, accuracies: np.ndarray) -> float:

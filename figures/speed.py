@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from files import read_rows  # noqa: E402 (the project's modules lie one folder up)
-from measure import TOKENS, mixed_pairs  # noqa: E402
+from measure import mixed_pairs  # noqa: E402
 from tuning import Setting, missing_runs, runs_to_time  # noqa: E402
 
 FIGURES = ROOT / "figures"
@@ -58,8 +58,8 @@ SETTINGS = {
          "--tokens-per-micro-batch", "1024"),  # less padding
         first_rates=(2e-5, 4e-5), search_seeds=(100,), final_seeds=(),
         seeds=range(400, 405),
-        parts=((40, 20), (60, 20)), eval_samples=2, timed_steps=8, keep_steps=True,
-        accuracies=(0.19, 0.21), budget=(60, 3840, 40_000)),
+        parts=((40, 20), (60, 20), (80, 20)), eval_samples=2, timed_steps=8, keep_steps=True,
+        accuracies=(0.19, 0.21), budget=(40, 2560, 40_000)),
 }
 
 
@@ -93,7 +93,7 @@ def run(setting: Setting, spec: dict, folder: Path) -> dict:
     with tempfile.TemporaryDirectory() as out:
         log = Path(out) / "run" / "log.jsonl"
         for steps, eval_every in parts:  # a second part resumes the first
-            if spec["stage"] == "tune" and costs_are_known(setting, curve_of(log)):
+            if is_done(setting, spec["stage"], curve_of(log)):
                 break
             words = [sys.executable, ROOT / f"{spec['objective']}.py",
                      *flags(setting, spec, folder), "--out", log.parent, "--resume",
@@ -126,10 +126,14 @@ def steps_of(lines: list[dict], samples: list[dict]) -> list[dict]:
             for line in lines if line["step"] > 0]
 
 
-def costs_are_known(setting: Setting, curve: list[list]) -> bool:
-    """Whether more steps would not change a run's costs in tokens."""
-    return any(accuracy >= setting.accuracies[-1] or tokens >= setting.budget[TOKENS]
-               for _, _, tokens, accuracy in curve)
+def is_done(setting: Setting, stage: str, curve: list[list]) -> bool:
+    """Whether more steps would change nothing that is said of a run: the whole budget is spent, or,
+    of a run to tune by, the highest accuracy is reached."""
+    if not curve:
+        return False
+    spent = all(spent >= budget for spent, budget in zip(curve[-1], setting.budget))
+    reached = max(accuracy for *_, accuracy in curve) >= setting.accuracies[-1]
+    return spent or (stage == "tune" and reached)
 
 
 def read_records(path: Path) -> list[dict]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measure import ACCURACY, SAMPLES, STEP, TOKENS, mean_accuracy, points_above, run_costs
+from measure import SAMPLES, STEP, TOKENS, accuracy_after, mean_accuracy, points_above, run_costs
 from measure import speedup, with_interval
 from speed import METHODS, PILOT, PREDICTED_ALPHA, PUBLISHED_ALPHA, SETTINGS, read_records
 from tuning import Setting, records_of, tune
 
 HEADS = ("objective", "method", "rate, pilot, alpha", "thousand tokens to {accuracies}",
-         "runs that cost the budget", "s a step", "accuracy at the end", "speed in tokens",
+         "runs that cost the budget", "s a step", "accuracy after the budget", "speed in tokens",
          "in seconds", "in samples", "mean accuracy over the budget, points")
 SHORT = (0, 1, 3, 7, 8, 9, 10)  # the columns of README's table
 OF_STEPS = {  # heads, and names in the records
@@ -71,7 +71,7 @@ def row(setting: Setting, objective: str, method: str, group: Group, uniform: Gr
     """Cells of the table."""
     steps, samples, tokens = setting.budget
     in_tokens = group.costs(setting, TOKENS, tokens)
-    ends = np.mean([record["curve"][-1][ACCURACY] for record in group.runs])
+    ends = np.mean([accuracy_after(record["curve"], tokens) for record in group.runs])
     cells = [objective, f"{method}, {len(group.runs)} seeds",
              f"{group.rate:g}, {pilot_and_alpha(objective, method)}",
              ", ".join(f"{cost / 1000:.0f}" for cost in in_tokens.mean(axis=0)),
@@ -102,14 +102,15 @@ def pilot_and_alpha(objective: str, method: str) -> str:
 
 
 def step_rows(setting: Setting, records: list[dict]) -> list[list[str]]:
-    """For each objective and method the means of OF_STEPS over its runs, in each third of them;
-    nothing for a third without a figure."""
+    """For each objective and method the means of OF_STEPS over its runs, in each third of the steps
+    that all of them have; nothing for a third without a figure."""
     rows = []
     for objective in ("raft", "grpo"):
         for method, group in groups_of(setting, records, objective).items():
             cells = [objective, f"{method}, {len(group.runs)} seeds"]
+            shortest = min(len(record["steps"]) for record in group.runs)
             for name in OF_STEPS.values():
-                of_runs = np.array([[step[name] for step in record["steps"]]
+                of_runs = np.array([[step[name] for step in record["steps"][:shortest]]
                                     for record in group.runs], dtype=float)  # (runs, steps)
                 parts = [part for part in np.array_split(of_runs, 3, axis=1)
                          if np.isfinite(part).any()]

@@ -27,7 +27,8 @@ class Setting:
     search_seeds: tuple[int, ...]  # of every rate
     final_seeds: tuple[int, ...]  # of the best two
     seeds: range  # that are reported
-    parts: tuple[tuple[int, int], ...]  # (last step, steps between evaluations)
+    # (last step, steps between evaluations); a run is over after the part that spends the budget
+    parts: tuple[tuple[int, int], ...]
     eval_samples: int  # of each problem
     timed_steps: int
     keep_steps: bool  # what the log and the samples say of each step is kept, too
