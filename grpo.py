@@ -15,9 +15,10 @@ GRPO as well. With a pilot of two of four samples they end alike, and `gvm` in f
 the default. Predictions know more of p than such a pilot; with them it is `reward`.
 
 Unequal groups. GRPO's baseline is the mean of the whole group, which contains the sample itself.
-That makes its advantage, and the expected gradient, (n_i - 1) / n_i of the leave-one-out one:
-prompts with more samples count more, by up to a factor of 2 between n_i = 2 and infinity. With
-`--advantage loo` there is no such factor. It is unbiased, for the prompts that get samples, if n_i
+By that alone (`--advantage dr`) the expected gradient is (n_i - 1) / n_i of the leave-one-out one.
+GRPO divides by the group's standard deviation, too, and that shrinks small groups more: a pair
+counts 2.8 times less than a large group where p is 0.5, and 4.7 times less where p is 0.1. So
+prompts with more samples count more. With `--advantage loo` they do not. It is unbiased, for the prompts that get samples, if n_i
 does not depend on the samples that it counts: with predictions. A pilot that is trained on makes
 the estimate too small, most of all where p is small (tests/README.md).
 """

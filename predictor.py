@@ -3,7 +3,7 @@
 The paper spends a pilot to learn p and G. Here p is predicted, by a logistic regression on numbers
 that describe a prompt. Any will do that are known before sampling; gvm.py takes the model's hidden
 states. The regression then learns from the samples that are drawn. G is taken to be the same for
-all prompts: predicted ones gained a little on the toy, and lost more on a real model
+all prompts: predicted ones helped a little on the toy, and harmed GRPO on a real model
 (figures/README.md).
 
     predictor = Predictor({})                            # its `learnt` goes into your checkpoints

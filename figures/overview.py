@@ -11,8 +11,7 @@ import numpy as np
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
 
-import real_gradient  # noqa: E402 (all lie in this folder)
-from measure import ACCURACY, TOKENS  # noqa: E402
+from measure import ACCURACY, TOKENS  # noqa: E402 (all lie in this folder)
 from speed import SETTINGS, read_records  # noqa: E402
 from speed_table import groups_of  # noqa: E402
 
@@ -72,7 +71,7 @@ def draw(path: Path) -> None:
     from matplotlib import pyplot as plt
 
     toy = read_records(SETTINGS["toy"].records_path)
-    real = read_records(real_gradient.RECORDS)
+    real = read_records(FOLDER / "real_gradient.jsonl")
     _, axes = plt.subplots(1, 3, figsize=(13, 4))
     for panel, objective in zip(axes, ("raft", "grpo")):
         draw_curves(panel, toy, objective)

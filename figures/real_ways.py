@@ -60,14 +60,14 @@ def published(step: Step) -> tuple:
     return prompts, rows, samples
 
 
-def best(step: Step, candidates: int, known: str = "") -> tuple:
-    """The best of some prompts share the samples. known: "p", or "p and G". Otherwise p is
-    predicted, and all G are equal."""
+def best(step: Step, candidates: int, knows_p: bool = False, knows_norms: bool = False) -> tuple:
+    """The best of some prompts share the samples, by p and G of the bank where they are known;
+    otherwise p is predicted, and all G are equal."""
     prompts, bank = step.choose(candidates), step.bank
     p, norms = step.predicted_p[prompts], np.ones((2, candidates))
-    if known in ("p", "p and G"):
+    if knows_p:
         p = bank.p[prompts]
-    if known == "p and G":
+    if knows_norms:
         norms = bank.known["norm_right"][prompts], bank.known["norm_wrong"][prompts]
     if step.objective == "raft":  # by the rule that fits
         weights = gvm_weights(p, norms[0], PREDICTED_ALPHA)
@@ -82,7 +82,7 @@ WAYS = {
     "published": published,
     "predicted": partial(best, candidates=PROMPTS),
     "wider pool": partial(best, candidates=POOL),
-    "known": partial(best, candidates=PROMPTS, known="p and G"),
-    "known p, wider pool": partial(best, candidates=POOL, known="p"),
-    "known, wider pool": partial(best, candidates=POOL, known="p and G"),
+    "known": partial(best, candidates=PROMPTS, knows_p=True, knows_norms=True),
+    "known p, wider pool": partial(best, candidates=POOL, knows_p=True),
+    "known, wider pool": partial(best, candidates=POOL, knows_p=True, knows_norms=True),
 }

@@ -154,7 +154,7 @@ def main() -> None:
     add("--records", type=Path, help="where runs are kept, if not where they are looked for")
     add("--objectives", nargs="+", choices=("raft", "grpo"), default=("raft", "grpo"))
     add("--methods", nargs="+", choices=METHODS, default=METHODS,
-        help="RAFT's wider pool is not run: each candidate would get one sample, as in most prompts")
+        help="RAFT's wider pool is not run: on the toy its runs are those of most prompts")
     args = parser.parse_args()
     setting, deadline = SETTINGS[args.on], time.monotonic() + 60 * args.minutes
     path = args.records or setting.records_path

@@ -1,5 +1,6 @@
 """grpo.py: advantages and weights by hand, and runs that differ from raft.py's by them alone."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -45,7 +46,7 @@ def test_equal_rewards_and_single_samples_give_exactly_nothing():
 def test_leave_one_out_is_unbiased_and_the_own_mean_shrinks_by_n_minus_1_over_n():
     """E sum_j A_j (r_j - p) / n over all outcomes of n coin throws with p = 0.3: p (1 - p) if A is unbiased."""
     for n in (2, 3, 5):
-        totals = {"loo": 0.0, "dr": 0.0}
+        totals = {"loo": 0.0, "dr": 0.0, "grpo": 0.0}
         for bits in range(2**n):
             rewards = [float(bits >> j & 1) for j in range(n)]
             probability = np.prod([0.3 if reward else 0.7 for reward in rewards])
@@ -53,6 +54,8 @@ def test_leave_one_out_is_unbiased_and_the_own_mean_shrinks_by_n_minus_1_over_n(
             for kind in totals:
                 totals[kind] += probability * np.mean(group_advantages(group, kind) * (np.array(rewards) - 0.3))
         assert totals["loo"] == pytest.approx(0.21) and totals["dr"] == pytest.approx(0.21 * (n - 1) / n)
+        if n == 2:  # an advantage of 0.5 / sqrt(0.5), in mixed pairs alone; large groups come to p q / sqrt(p q)
+            assert totals["grpo"] == pytest.approx(0.21 * math.sqrt(0.5), rel=1e-5)
 
 
 @pytest.mark.parametrize(("weighting", "expected"), [

@@ -31,8 +31,7 @@ def test_what_a_run_costs_by_hand():
     assert first_reached(CURVE, SAMPLES, 0.55) == pytest.approx(150)
     assert first_reached(CURVE, STEP, 0.5) == pytest.approx(5)
     assert first_reached(CURVE, TOKENS, 0.61) == np.inf
-    with pytest.raises(ValueError, match="starts at 0.4"):
-        first_reached(CURVE, TOKENS, 0.4)
+    assert first_reached(CURVE, TOKENS, 0.4) == first_reached(CURVE[1:], TOKENS, 0.3) - 1000 == 0
     costs = run_costs([CURVE, CURVE], TOKENS, (0.55, 0.6, 0.61), budget=1900)
     assert costs == pytest.approx(np.array([[1500, 1900, 1900]] * 2))  # after the budget is spent, or never: the budget
 
@@ -215,10 +214,11 @@ def test_the_first_screen_says_what_the_records_say():
     front = " ".join((ROOT / "README.md").read_text().split())  # sentences run over lines
     rows = {(row[0], row[1].split(",")[0]): row for row in speed_table.rows_of(TOY, speed.read_records(TOY.records_path))}
     real = {(row["objective"], row["way"]): row["efficiency_per_token"] for row in speed.read_rows(real_gradient.RECORDS) if "way" in row}
-    shown = {"published": "GVM as published, a pilot of 2 in 4", "most prompts": "equal counts, but as many prompts as possible",
-             "wider pool": "`p` of 64 candidates predicted, an addition"}
+    shown = {"published": "GVM as published; 2 of the 4 samples are its pilot", "most prompts": "equal counts, but as many prompts as possible",
+             "wider pool": "added here: the best of 64 prompts, by predicting how hard they are"}
     for method, name in shown.items():
-        cells = [rows[objective, method][7] if (objective, method) in rows else "as above" for objective in ("raft", "grpo")]
+        cells = [rows[objective, method][7] if (objective, method) in rows else rows["raft", "most prompts"][7] + ", the same runs"
+                 for objective in ("raft", "grpo")]
         cells += [real_gradient.with_range(real[objective, method]) for objective in ("raft", "grpo")]
         assert f"| {name} | {' | '.join(cells)} |" in front
     assert f"over {rows['raft', 'uniform'][1].split()[1]} seeds." in front
