@@ -19,7 +19,7 @@ from tuning import Setting, records_of, tune
 HEADS = ("objective", "method", "rate, pilot, alpha", "thousand tokens to {accuracies}",
          "runs that cost the budget", "s a step", "accuracy after the budget", "speed in tokens",
          "in seconds", "in samples", "mean accuracy over the budget, points")
-SHORT = (0, 1, 3, 7, 8, 9, 10)  # the columns of README's table
+SHORT = (0, 1, 7, 8, 9)  # the columns of README's table
 OF_STEPS = {  # heads, and names in the records
     "mixed groups": "prompts_sometimes", "mixed among first two": "mixed_pairs",
     "right": "accept_rate", "predicted to be right": "predicted_accept_rate",

@@ -132,8 +132,8 @@ def test_a_row_of_the_table_by_hand():
     assert cells[7].split()[0] == f"{(1500 / 3000 * 1800 / 3500 * 2000 / 3500) ** (1 / 3):.2f}"
     assert [cell.split()[0] for cell in cells[8:10]] == ["0.67", "2.00"]  # in seconds, samples
     short = [line.strip("| ").split(" | ") for line in speed_table.table(setting, records, speed_table.SHORT).splitlines()]
-    assert short[0][2] == "thousand tokens to 0.55, 0.58, 0.60" and len(short) == 4
-    assert short[2] == ["raft", "uniform, 2 seeds", "2, 2, 2", "1", "1", "1", "0"] and short[3][3] == cells[7]
+    assert short[0][2:] == ["speed in tokens", "in seconds", "in samples"] and len(short) == 4
+    assert short[2] == ["raft", "uniform, 2 seeds", "1", "1", "1"] and short[3][2] == cells[7]
     assert speed_table.table(setting, records[: len(records) // 2]).count("uniform") == 1
     assert speed_table.table(setting, []).count("\n") == 1
 
@@ -221,8 +221,3 @@ def test_the_first_screen_says_what_the_records_say():
                  for objective in ("raft", "grpo")]
         cells += [real_gradient.with_range(real[objective, method]) for objective in ("raft", "grpo")]
         assert f"| {name} | {' | '.join(cells)} |" in front
-    assert f"over {rows['raft', 'uniform'][1].split()[1]} seeds." in front
-    assert rows["raft", "uniform"][1] == rows["grpo", "uniform"][1]
-    quick = [rows[each][8] for each in (("raft", "published"), ("grpo", "published"), ("raft", "most prompts"), ("grpo", "wider pool"))]
-    assert "the published method is {} times as fast for RAFT and {} for GRPO, more prompts {} for RAFT, predictions {} for GRPO.".format(
-        *quick) in front
