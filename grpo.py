@@ -14,13 +14,14 @@ and the rule for that is `reward` (allocator.reward_weights). The paper takes it
 GRPO as well. With a pilot of two of four samples they end alike, and `gvm` in fewer tokens: it is
 the default. Predictions know more of p than such a pilot; with them it is `reward`.
 
-Unequal groups. GRPO's baseline is the mean of the whole group, which contains the sample itself.
-By that alone (`--advantage dr`) the expected gradient is (n_i - 1) / n_i of the leave-one-out one.
+Unequal groups. GRPO's baseline is the mean of the whole group, which contains the sample itself. By
+that alone (`--advantage dr`) the expected gradient is (n_i - 1) / n_i of the leave-one-out one.
 GRPO divides by the group's standard deviation, too, and that shrinks small groups more: a pair
 counts 2.8 times less than a large group where p is 0.5, and 4.7 times less where p is 0.1. So
-prompts with more samples count more. With `--advantage loo` they do not. It is unbiased, for the prompts that get samples, if n_i
-does not depend on the samples that it counts: with predictions. A pilot that is trained on makes
-the estimate too small, most of all where p is small (tests/README.md).
+prompts with more samples count more. With `--advantage loo` they do not. It is unbiased, for the
+prompts that get samples, if n_i does not depend on the samples that it counts: with predictions. A
+pilot that is trained on makes the estimate too small, most of all where p is small
+(tests/README.md).
 """
 
 import argparse
