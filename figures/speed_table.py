@@ -4,6 +4,7 @@
     python figures/speed_table.py --on real       # the real model, from real_speed.jsonl
     python figures/speed_table.py --short         # fewer columns: README.md's table
     python figures/speed_table.py --on real --steps         # what the log says of the steps
+    python figures/speed_table.py --on real --tuned         # the runs by which rates were chosen
 """
 
 import argparse
@@ -14,11 +15,12 @@ import numpy as np
 from measure import SAMPLES, STEP, TOKENS, accuracy_after, mean_accuracy, points_above, run_costs
 from measure import speedup, with_interval
 from speed import METHODS, PILOT, PREDICTED_ALPHA, PUBLISHED_ALPHA, SETTINGS, read_records
-from tuning import Setting, records_of, tune
+from tuning import KEY, Setting, records_of, tune
 
 HEADS = ("objective", "method", "rate, pilot, alpha", "thousand tokens to {accuracies}",
          "runs that cost the budget", "s a step", "accuracy after the budget", "speed in tokens",
          "in seconds", "in samples", "mean accuracy over the budget, points")
+OF_TUNING = ("objective", "method", "rate", "seed", "accuracy (thousand tokens)")
 SHORT = (0, 1, 7, 8, 9)  # the columns of README's table
 OF_STEPS = {  # heads, and names in the records
     "mixed groups": "prompts_sometimes", "mixed among first two": "mixed_pairs",
@@ -119,6 +121,15 @@ def step_rows(setting: Setting, records: list[dict]) -> list[list[str]]:
     return rows
 
 
+def tuned_rows(records: list[dict]) -> list[list[str]]:
+    """Each run by which a rate was chosen: cells by OF_TUNING."""
+    tuned = [record for record in records if record["stage"] == "tune"]
+    return [[*(str(record[name]) for name in ("objective", "method", "rate", "seed")),
+             ", ".join(f"{accuracy:.3f} ({tokens / 1000:.0f})"
+                       for *_, tokens, accuracy in record["curve"])]
+            for record in sorted(tuned, key=lambda record: [record[name] for name in KEY])]
+
+
 def as_markdown(heads, rows: list[list[str]]) -> str:
     """A table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
@@ -139,8 +150,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on", choices=SETTINGS, default="toy")
     parser.add_argument("--records", type=Path, help="of runs, if not where speed.py keeps them")
-    parser.add_argument("--short", action="store_true", help="fewer columns")
-    parser.add_argument("--steps", action="store_true", help="another table, of the steps")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--short", action="store_true", help="fewer columns")
+    add("--steps", action="store_true", help="another table, of the steps")
+    add("--tuned", action="store_true", help="another table, of the runs by which rates were chosen")
     args = parser.parse_args()
     setting = SETTINGS[args.on]
     if args.steps and not setting.keep_steps:
@@ -149,6 +162,8 @@ def main() -> None:
     if args.steps:
         heads = ("objective", "method", *OF_STEPS)
         print(as_markdown(heads, step_rows(setting, records)))
+    elif args.tuned:
+        print(as_markdown(OF_TUNING, tuned_rows(records)))
     else:
         print(table(setting, records, SHORT if args.short else range(len(HEADS))))
 

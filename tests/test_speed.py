@@ -168,6 +168,14 @@ def test_the_steps_in_thirds_by_hand():
     assert cells == ["raft", "uniform, 2 seeds", "0.15, 0.35, 0.55", "0.50, 0.50, 0.50", "0.20, 0.20, 0.20", "", "0.60, 0.60"]
 
 
+def test_the_runs_to_tune_by():
+    """By method, rate and seed; the reported are left out."""
+    records = [record("report", seed=1), record("tune", rate=2e-4, seed=0), record("tune", rate=1e-4, seed=0)]
+    rows = speed_table.tuned_rows(records)
+    assert [row[2:4] for row in rows] == [["0.0001", "0"], ["0.0002", "0"]]
+    assert rows[0][4] == "0.400 (0), 0.500 (1), 0.600 (2), 0.500 (4)"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", speed.METHODS)
 def test_two_steps_of_each_method_spend_the_same(method):
@@ -206,6 +214,8 @@ def test_the_readmes_have_the_tables_of_the_records():
         assert len({tuple(record[name] for name in tuning.KEY) for record in records}) == len(records)
         rows = speed_table.table(setting, records).splitlines()[2:]
         assert (rows or setting is not TOY) and all(line in readme for line in rows)
+    tuned = speed_table.tuned_rows(speed.read_records(speed.SETTINGS["real"].records_path))
+    assert tuned and all(line in readme for line in speed_table.as_markdown(speed_table.OF_TUNING, tuned).splitlines())
     assert all(line in front for line in speed_table.table(TOY, speed.read_records(TOY.records_path), speed_table.SHORT).splitlines())
 
 
