@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measure import SAMPLES, STEP, TOKENS, accuracy_after, mean_accuracy, points_above, run_costs
-from measure import speedup, with_interval
+from measure import SAMPLES, STEP, TOKENS, accuracy_after, mean_accuracy, points_above
+from measure import run_costs, speedup, with_interval
 from speed import METHODS, PILOT, PREDICTED_ALPHA, PUBLISHED_ALPHA, SETTINGS, read_records
 from tuning import KEY, Setting, records_of, tune
 
@@ -153,7 +153,7 @@ def main() -> None:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--short", action="store_true", help="fewer columns")
     add("--steps", action="store_true", help="another table, of the steps")
-    add("--tuned", action="store_true", help="another table, of the runs by which rates were chosen")
+    add("--tuned", action="store_true", help="another table, of runs to tune rates by")
     args = parser.parse_args()
     setting = SETTINGS[args.on]
     if args.steps and not setting.keep_steps:
