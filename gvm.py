@@ -5,7 +5,6 @@ Last comes what is added: p predicted (`--candidates-per-step`), where it takes 
 """
 
 import argparse
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -229,8 +228,7 @@ def predicted_step(problems: list[Problem], step: int, state, source: SampleSour
     budget, objective = args.prompts_per_step * args.samples_per_prompt, OBJECTIVES[args.objective]
     counts = of_rank0(allocate_or_leave(weights, budget, objective.smallest_group))
     samples = source.sample_and_grade(candidates, counts, step)
-    right = Counter(sample.problem for sample in samples if sample.reward > 0)
-    num_right = np.array([right[problem.id] for problem in candidates])
+    num_right = estimate(samples, candidates, args.weighting)["num_right"]  # no norms are known
     predictor.learn(features, num_right, counts)
     state.predictor = predictor.learnt
     batch = [problem for problem, count in zip(candidates, counts) if count > 0]

@@ -17,7 +17,7 @@ BOOTSTRAP_DRAWS = 10_000
 def first_reached(curve, column: int, accuracy: float) -> float:
     """What has been spent where a curve first reaches an accuracy, infinite if it never does. Any
     curve will do whose last column is its accuracy."""
-    if curve[0][-1] >= accuracy:  # by luck; and then in all methods, which start a seed alike
+    if curve[0][-1] >= accuracy:  # by luck: the runs of a seed all start alike
         return curve[0][column]
     for before, after in zip(curve, curve[1:]):
         if before[-1] < accuracy <= after[-1]:

@@ -176,7 +176,7 @@ class Bank:
         return np.einsum("ij,ijk->ik", weights, self.sketches)
 
     def summarise(self, prompts, rows, samples) -> dict[str, np.ndarray]:
-        """What drawn samples say of p and G, (prompts,) each: see Step.draw."""
+        """What drawn samples say of p and G, (prompts,) each: see real_ways.draw."""
         places = prompts[rows], samples
         return summarise_samples(rows, self.right[places], self.norms[places], len(prompts))
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402 (the project's modules lie one folder up)
 from real_bank import Bank, facts  # noqa: E402
-from real_ways import BUDGET, WAYS, Step  # noqa: E402
+from real_ways import BUDGET, WAYS, Step, draw  # noqa: E402
 from speed import PROMPTS, SAMPLES_EACH, SMALLEST  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -88,10 +88,10 @@ def teach(bank: Bank, layer: str, teachers, tested, rng) -> tuple[Predictor, lis
     """(a predictor that has learnt from some prompts, how it predicts p of others on the way)."""
     predictor, states = Predictor({}), bank.columns[layer].astype(float)
     features, rows = predictor.features(states[teachers]), []
-    step = Step(bank, teachers, "raft", np.zeros(0), rng)
     for number in range(1, len(teachers) // PROMPTS + 1):
         mine = np.arange((number - 1) * PROMPTS, number * PROMPTS)
-        table = bank.summarise(teachers[mine], *step.draw(np.full(PROMPTS, SAMPLES_EACH)))
+        drawn = draw(bank, np.full(PROMPTS, SAMPLES_EACH), rng)
+        table = bank.summarise(teachers[mine], *drawn)
         predictor.learn(features[mine], table["num_right"], table["num_drawn"])
         if number in SHOWN_AFTER:
             p = predictor.predict(predictor.features(states[tested]))

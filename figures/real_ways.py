@@ -17,6 +17,12 @@ from predictor import allocate_or_leave
 BUDGET = PROMPTS * SAMPLES_EACH  # of a step
 
 
+def draw(bank: Bank, counts: np.ndarray, rng: np.random.Generator) -> tuple:
+    """(rows, samples): counts_i of the bank's samples of prompt i, with replacement."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return rows, rng.integers(bank.right.shape[1], size=len(rows))
+
+
 @dataclass
 class Step:
     """What a way may look at."""
@@ -28,9 +34,8 @@ class Step:
     rng: np.random.Generator
 
     def draw(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, samples): counts_i samples of prompt i, with replacement."""
-        rows = np.repeat(np.arange(len(counts)), counts)
-        return rows, self.rng.integers(self.bank.right.shape[1], size=len(rows))
+        """See draw."""
+        return draw(self.bank, counts, self.rng)
 
     def choose(self, number: int) -> np.ndarray:
         """Prompts at random, each by itself: those of the bank stand for many more."""

@@ -131,9 +131,9 @@ def is_done(setting: Setting, stage: str, curve: list[list]) -> bool:
     of a run to tune by, the highest accuracy is reached."""
     if not curve:
         return False
-    spent = all(spent >= budget for spent, budget in zip(curve[-1], setting.budget))
-    reached = max(accuracy for *_, accuracy in curve) >= setting.accuracies[-1]
-    return spent or (stage == "tune" and reached)
+    is_spent = all(cost >= budget for cost, budget in zip(curve[-1], setting.budget))
+    is_reached = max(accuracy for *_, accuracy in curve) >= setting.accuracies[-1]
+    return is_spent or (stage == "tune" and is_reached)
 
 
 def read_records(path: Path) -> list[dict]:

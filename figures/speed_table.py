@@ -20,7 +20,7 @@ from tuning import KEY, Setting, records_of, tune
 HEADS = ("objective", "method", "rate, pilot, alpha", "thousand tokens to {accuracies}",
          "runs that cost the budget", "s a step", "accuracy after the budget", "speed in tokens",
          "in seconds", "in samples", "mean accuracy over the budget, points")
-OF_TUNING = ("objective", "method", "rate", "seed", "accuracy (thousand tokens)")
+OF_TUNING = (*KEY[1:], "accuracy (thousand tokens)")  # KEY without the stage
 SHORT = (0, 1, 7, 8, 9)  # the columns of README's table
 OF_STEPS = {  # heads, and names in the records
     "mixed groups": "prompts_sometimes", "mixed among first two": "mixed_pairs",
@@ -124,10 +124,10 @@ def step_rows(setting: Setting, records: list[dict]) -> list[list[str]]:
 def tuned_rows(records: list[dict]) -> list[list[str]]:
     """Each run by which a rate was chosen: cells by OF_TUNING."""
     tuned = [record for record in records if record["stage"] == "tune"]
-    return [[*(str(record[name]) for name in ("objective", "method", "rate", "seed")),
+    return [[*(str(record[name]) for name in KEY[1:]),
              ", ".join(f"{accuracy:.3f} ({tokens / 1000:.0f})"
                        for *_, tokens, accuracy in record["curve"])]
-            for record in sorted(tuned, key=lambda record: [record[name] for name in KEY])]
+            for record in sorted(tuned, key=lambda record: [record[name] for name in KEY[1:]])]
 
 
 def as_markdown(heads, rows: list[list[str]]) -> str:

@@ -61,11 +61,11 @@ class Observer:
                 predictor.SPREAD, key = spread, (layer, spread)
                 mine = self.predictors.setdefault(key, Predictor({}))
                 features = mine.features(states)
-                mu = mine.predict(features)
+                predicted = mine.predict(features)
                 mine.learn(features, right, table["num_drawn"])
-                mu = mu.clip(0.005, 0.995)
-                nats = (right @ np.log(mu) + wrong @ np.log(1 - mu)) / (right + wrong).sum()
-                correlation = np.corrcoef(mu, table["accept_rate"])[0, 1]
+                predicted = predicted.clip(0.005, 0.995)
+                nats = (right @ np.log(predicted) + wrong @ np.log(1 - predicted)) / (right + wrong).sum()
+                correlation = np.corrcoef(predicted, table["accept_rate"])[0, 1]
                 self.rows.setdefault(key, []).append((correlation, nats))
         return result
 
