@@ -65,9 +65,8 @@ def allocate(weights, budget: int, min_samples=0) -> np.ndarray:
     if not weights.any():
         weights = np.ones_like(weights)
 
-    # The loop below alone would do. To save it most of its steps, start just below Proposition 1:
-    # with the minima and one more sample a prompt taken from the budget, the formula never exceeds
-    # the best n_i.
+    # The loop below alone would do. To save it most of its steps, start from Proposition 1 rounded
+    # down, for the budget less the minima and a sample a prompt: that is never above the best n_i.
     shares = weights / weights.max(initial=1.0)  # or their sum may overflow
     shares = shares / shares.sum()
     start = np.floor(shares * (budget - lower.sum() - len(weights))).astype(np.int64)

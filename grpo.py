@@ -3,25 +3,25 @@
     torchrun grpo.py                                      # the toy, on a CPU, in a minute
     torchrun grpo.py --allocator uniform                  # what it is compared with
     torchrun grpo.py --candidates-per-step 64             # the best of four times as many prompts
-    torchrun grpo.py --advantage loo                      # all prompts count the same, see below
+    torchrun grpo.py --candidates-per-step 64 --advantage loo       # without a bias: see below
     torchrun --nproc-per-node 8 grpo.py ...               # flags as for raft.py: see README.md
 
 RAFT gives right samples the advantage 1 and drops the others. GRPO trains on all samples. The
 advantage of each is its reward against those of its group, the other samples of its prompt.
 
-The rule. The gradient is now that of the expected reward. Its variance is another function of p,
-and the rule for that is `reward` (allocator.reward_weights). The paper takes its own, `gvm`, for
-GRPO as well. With a pilot of two of four samples they end alike, and `gvm` in fewer tokens: it is
-the default. Predictions know more of p than such a pilot; with them it is `reward`.
+The rule. The gradient is now that of the expected reward. Its variance, as long as nothing is
+divided by a std, is another function of p, and the rule for that is `reward`
+(allocator.reward_weights). The paper takes its own, `gvm`, for GRPO as well. With a pilot of two of
+four samples they end alike, and `gvm` in fewer tokens: it is the default. Predictions know more of
+p than such a pilot; with them it is `reward`.
 
 Unequal groups. GRPO's baseline is the mean of the whole group, which contains the sample itself. By
 that alone (`--advantage dr`) the expected gradient is (n_i - 1) / n_i of the leave-one-out one.
 GRPO divides by the group's standard deviation, too, and that shrinks small groups more: a pair
 counts 2.8 times less than a large group where p is 0.5, and 4.7 times less where p is 0.1. So
-prompts with more samples count more. With `--advantage loo` they do not. It is unbiased, for the
-prompts that get samples, if n_i does not depend on the samples that it counts: with predictions. A
-pilot that is trained on makes the estimate too small, most of all where p is small
-(tests/README.md).
+prompts with more samples count more. With `--advantage loo` they do not: it is unbiased for the
+prompts that are served, if n_i is fixed before its samples are drawn, as it is by predictions. A
+pilot that is trained on makes the estimate too small (tests/README.md).
 """
 
 import argparse
@@ -48,7 +48,7 @@ def grpo_advantage(rewards: np.ndarray) -> np.ndarray:
 
 
 def dr_advantage(rewards: np.ndarray) -> np.ndarray:
-    """r - mean (arXiv 2503.20783): the std favours prompts nearly always or never solved."""
+    """r - mean (arXiv 2503.20783). The std, left out, favours p near 0 and 1 in large groups."""
     return rewards - rewards.mean()
 
 

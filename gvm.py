@@ -1,7 +1,7 @@
 """The E-step: how many samples each prompt gets, and drawing them. Algorithm 2 of the paper.
 
 `e_step` is the published algorithm (README.md lists where it departs); its parts stand below it.
-Last comes what is added: p predicted (`--candidates-per-step`), where it takes a pilot.
+Last comes what is added: p predicted instead of a pilot (`--candidates-per-step`).
 """
 
 import argparse
@@ -27,17 +27,19 @@ from sampler import HfSampler, VllmSampler, draw
 def e_step(problems: list[Problem], step: int, state, source: "SampleSource", args) -> tuple:
     """Draw the samples of a training step where they reduce the variance of its gradient most.
 
-    problems: all of them. Returns (those of the step, the samples to train on, metrics).
+    problems: all of them. state: folder.RunState. Returns (the problems of the step, the samples
+    to train on, metrics). Raises Stopped, after a signal.
 
-    The pilot is a part of the step's samples, and is trained on. With --e-step-every K it is drawn
-    once, of the prompts of K steps, and only informs; state.plan keeps its table for them.
+    The pilot is a part of the step's samples, and is trained on. With --e-step-every K above 1 it
+    serves K steps, and only informs; state.plan keeps its table for them, columns of estimate and
+    "step", "weights", "counts".
     """
     if args.candidates_per_step is not None:  # added to the paper: see below
         return predicted_step(problems, step, state, source, args)
 
     rule, pilot_size = RULES[args.allocator], args.pilot_samples
     informs_only = args.e_step_every > 1
-    reused = 0 if informs_only else pilot_size  # drawn already of each n_i
+    reused = 0 if informs_only else pilot_size  # of the n_i samples, those of the pilot
     batch, pilot = problems_of_step(problems, step, args), []
     table = state.plan
     if not is_planned(state, step, batch, args):
@@ -56,11 +58,11 @@ def e_step(problems: list[Problem], step: int, state, source: "SampleSource", ar
         budget = args.samples_per_prompt * len(ahead)  # N
         table["counts"] = of_rank0(allocate(table["weights"], budget, min_samples=reused))
 
-    # Draw the rest, by the policy as it is now. The pilot had the first indices.
+    # Draw the rest, by the policy as it is now. Indices, which seed samples, go on.
     counts = rows_of_step(table, step)["counts"]
     rest = source.sample_and_grade(batch, counts - reused, step, first_index=pilot_size)
     samples = rest if informs_only else pilot + rest
-    state.plan = table if informs_only else None  # not before: a step may be given up
+    state.plan = table if informs_only else None  # only now: after Stopped the old plan holds
     state.plan_flags = plan_flags(args)
 
     metrics = describe_step(batch, samples, drawn=pilot + rest)
@@ -202,7 +204,7 @@ def settle_budget(args: argparse.Namespace, objective: str | None = None) -> Non
     if args.pilot_samples is None:
         args.pilot_samples = 2 if takes_pilot else 0
     smallest = OBJECTIVES[objective].smallest_group if objective else 1
-    # Predictions may serve a single prompt; a pilot that only informs leaves some to the others.
+    # Can a prompt get enough? By predictions one may get all; where K > 1 no pilot is reused.
     most = args.samples_per_prompt * (args.prompts_per_step if predicts else 1)
     if args.e_step_every == 1 and most < smallest:
         raise InputError(f"--samples-per-prompt: --objective {objective} learns nothing from fewer "

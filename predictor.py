@@ -10,7 +10,7 @@ all prompts: predicted ones helped a little on the toy, and harmed GRPO on a rea
     features = predictor.features(states)                # states: (prompts, numbers)
     p = predictor.predict(features)
     weights = gvm_weights(p, np.ones(len(p)))            # of allocator.py, or another rule
-    counts = allocate_or_leave(weights, budget, 2)       # many prompts get 0
+    counts = allocate_or_leave(weights, budget, 1)       # many prompts get 0
     ...                                                  # draw, grade
     predictor.learn(features, num_right, counts)         # num_right: (prompts,)
 """
@@ -21,9 +21,9 @@ import operator
 
 import numpy as np
 
-FORGET = 0.98  # of the certainty of what was learnt, the part that a step leaves: the policy moves
+KEPT = 0.98  # of the precision of what was learnt, after each step: the policy moves
 NUM_STATES = 256  # of each prompt, at most: a regression on them costs next to nothing
-SPREAD = 1.6  # of ln p/q between prompts: a standard deviation, before any sample
+SPREAD = 1.6  # standard deviation of ln(p / (1 - p)) between prompts, before any sample
 MISSING_COST = 4.0  # see allocate_or_leave
 
 
@@ -51,7 +51,7 @@ def regress(known: tuple, features, num_right, num_drawn) -> tuple:
     features); num_right, num_drawn: (prompts,), the samples of this step.
     """
     prior_mean, precision = known
-    prior_precision = FORGET * precision + (1 - FORGET) * first_precision(len(prior_mean))
+    prior_precision = KEPT * precision + (1 - KEPT) * first_precision(len(prior_mean))
 
     def loss(c: np.ndarray) -> float:  # -ln of the posterior of c, but for a constant
         x, change = features @ c, c - prior_mean
@@ -87,7 +87,7 @@ class Predictor:
         If there are more than NUM_STATES, that many random sums of them take their place. They are
         standardised before: a few states of a middle layer are huge, and would drown the others. A
         prompt with states that are NaN or infinite counts as an average one. Raises ValueError if
-        all are in the first step, or if what was learnt is not for states like these.
+        all prompts of the first step have such, or if what was learnt is not for states like these.
         """
         is_finite = np.isfinite(states).all(axis=1)
         states = np.where(is_finite[:, None], states, 0.0)
@@ -124,6 +124,7 @@ class Predictor:
 
 def allocate_or_leave(weights, budget: int, smallest: int) -> np.ndarray:
     """Counts n_i, (prompts,), each 0 or at least `smallest`: the best of many prompts are served.
+    They add up to the budget, if that is at least `smallest`.
 
     weights: w_i >= 0, (prompts,). smallest: 1; or 2 for a baseline within the group, which costs
     the information of one sample. What is minimised is a sum over prompts:

@@ -109,8 +109,8 @@ def set_up(args: argparse.Namespace, device: torch.device, checkpoint, state: Ru
 
     learner: the policy, in the form that all ranks train. reference: None without --kl-coef.
     """
-    # The reference first: it is halved and shared out before the policy comes, so that no GPU holds
-    # two whole models in fp32.
+    # The reference first: on a GPU it is in bf16, with --fsdp sharded as well, before the policy
+    # comes. So no GPU holds two whole models in fp32.
     reference = run.on_every_rank(load_reference, args, device) if args.kl_coef > 0 else None
     if reference and args.fsdp:
         distribute(reference, args.fsdp)
@@ -142,7 +142,7 @@ def load(args: argparse.Namespace, device: torch.device, checkpoint) -> tuple:
 
 # --- before the updates of a step ----------------------------------------------------------------
 def prepare_updates(policy, reference, problems, samples, args) -> list[list[Sample]]:
-    """split_updates, and the log-probs that they need: of the policy before all of them."""
+    """split_updates, with the log-probs of the policy before all updates, and of the reference."""
     updates, max_tokens = split_updates(problems, samples, args), args.tokens_per_micro_batch
     # The first update is on-policy and computes them itself; a pilot's came with its norms.
     later = [sample for sample in sum(updates[1:], []) if sample.old_logprobs is None]
@@ -159,7 +159,7 @@ def split_updates(problems: list[Problem], samples: list[Sample], args) -> list[
         part = [sample for sample in samples if sample.problem in chosen]
         advantages, used = OBJECTIVES[args.objective].advantages(part, args)
         weights = loss_weights(part, used, len(chosen), args.weighting)
-        if args.mask_truncated:  # their loss is 0; that they came, and were wrong, still counts
+        if args.mask_truncated:  # no loss; they still count in |D_i|, mean(T) and the baseline
             weights = weights * [sample.finished for sample in part]
         for sample, advantage, weight in zip(part, advantages, weights):
             sample.advantage, sample.loss_weight = advantage, weight
@@ -179,7 +179,7 @@ def train_step(learner, optimizer, updates: list[list[Sample]], args, is_first=F
     for i, samples in enumerate(updates):
         check_gap = is_first and not sums["compared"] and args.truncated_is is None
         sums.update(optimizer_step(learner, optimizer, samples, args, i == 0, check_gap))
-    if args.fsdp:  # DDP's gradients stay: they are views of its buckets
+    if args.fsdp:  # frees memory; DDP's gradients cannot go, as optimizer_step says
         optimizer.zero_grad()
     for name in ("loss", "kl", "clip_fraction", "grad_norm"):
         sums[name] = sums[name] / sums["updates"] if sums["updates"] else None

@@ -27,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import methods  # noqa: E402 (lies in this folder, and needs the project's modules, one folder up)
-from measure import first_reached  # noqa: E402 (lies here as well)
+from measure import first_reached, interval_half  # noqa: E402 (lies here as well)
 from speed import read_records  # noqa: E402
 
 from files import read_rows  # noqa: E402
@@ -60,7 +60,6 @@ CANDIDATES = [("raft", "published", 16, 4), ("raft", "uniform", 16, 4), ("grpo",
 DEFAULT_SEEDS, DEFAULT_STEPS, DEFAULT_EVERY = (300, 301, 302, 303), 60, 10
 SEEDS = {"usual": range(10), "spared": range(5), "hard": range(5)}
 SEEDS_NOT_TUNED = {"usual": range(5), "spared": (), "hard": ()}
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile with 1 to 9 degrees
 KEY = ("stage", "objective", "method", "mix", "rate", "prompts", "samples", "seed")
 
 
@@ -150,40 +149,15 @@ def wanted(records: list[dict], objectives, chosen_methods, mixes) -> list[dict]
     return [dict(zip(KEY, key)) for key in missing]
 
 
-def interval_half(values: np.ndarray) -> np.ndarray:
-    """Half of the 95 % interval of the mean over the first axis, Student's; of two to ten values."""
-    return STUDENT[len(values) - 2] * values.std(axis=0, ddof=1) / np.sqrt(len(values))
-
-
 def interval(values: np.ndarray) -> str:
-    """Mean and 95 % interval."""
+    """Mean and half of its 95 % interval, Student's."""
     return f"{values.mean():+.3f} ± {interval_half(values):.3f}"
 
 
-def crossing(curves: np.ndarray, column: int, accuracy: float) -> float:
-    """Where the mean curve first reaches an accuracy, linear between evaluations; curves: (seeds, points, 5)."""
-    return first_reached(curves.mean(axis=0), column, accuracy)
-
-
 def costs(curves: np.ndarray, column: int, unit: int) -> str:
-    """What it costs to reach 0.60, and 0.62."""
-    found = [crossing(curves, column, accuracy) for accuracy in (0.60, 0.62)]
+    """What it costs until the mean curve first reaches 0.60, and 0.62; curves: (seeds, points, 5)."""
+    found = [first_reached(curves.mean(axis=0), column, accuracy) for accuracy in (0.60, 0.62)]
     return ", ".join("never" if cost == np.inf else f"{cost / unit:.0f}" for cost in found)
-
-
-def speedup(curves: np.ndarray, uniform: np.ndarray, column: int, draws: int = 2000) -> str:
-    """Uniform's cost to its final accuracy over this method's cost to the same; bootstrap interval over seeds."""
-    def ratio(rows) -> float:
-        accuracy = uniform[rows].mean(axis=0)[-1, -1]
-        return crossing(uniform[rows], column, accuracy) / crossing(curves[rows], column, accuracy)
-
-    def text(ratio: float) -> str:
-        return f"{ratio:.2f}" if ratio > 0 else "never"
-
-    generator = np.random.default_rng(0)
-    ratios = [ratio(generator.integers(len(curves), size=len(curves))) for _ in range(draws)]
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return f"{text(ratio(np.arange(len(curves))))} ({text(low)} to {text(high)})"
 
 
 def reported(records: list[dict]) -> dict[tuple, dict[int, dict]]:
@@ -201,7 +175,7 @@ def reported(records: list[dict]) -> dict[tuple, dict[int, dict]]:
 def table(records: list[dict]) -> str:
     """Markdown: every method, at its best setting, against uniform with the same seeds."""
     names = ("objective", "mix", "method", "rate, split", "samples to 0.60, 0.62", "thousand tokens", "final accuracy",
-             "against uniform's", "speed in samples", "in tokens")
+             "against uniform's")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     groups = reported(records)
     for (objective, mix, method), runs in sorted(groups.items(), key=lambda item: item[0][:2]):
@@ -214,10 +188,8 @@ def table(records: list[dict]) -> str:
         setting = f"{first['rate']:g}, {first['prompts']} x {first['samples']}"
         ends, uniform_ends = curves[:, -1, -1], uniform[:, -1, -1]
         cells = [objective, mix, f"{method}, {len(seeds)} seeds", setting, costs(curves, 1, 1), costs(curves, 2, 1000),
-                 f"{ends.mean():.3f}"]
-        if method != "uniform":
-            cells += [interval(ends - uniform_ends), speedup(curves, uniform, 1), speedup(curves, uniform, 2)]
-        lines.append("| " + " | ".join(cells + [""] * (len(names) - len(cells))) + " |")
+                 f"{ends.mean():.3f}", "" if method == "uniform" else interval(ends - uniform_ends)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -15,43 +15,47 @@ from measure import ACCURACY, TOKENS  # noqa: E402 (all lie in this folder)
 from speed import SETTINGS, read_records  # noqa: E402
 from speed_table import groups_of  # noqa: E402
 
-STYLES = {  # of the toy's curves: (label, how it is drawn)
+STYLES = {  # of curves: (label, how it is drawn)
     "uniform": ("uniform", {"color": "black", "linestyle": ":", "marker": "o"}),
     "most prompts": ("uniform, most prompts", {"color": "grey", "linestyle": ":", "marker": "s"}),
-    "published": ("GVM as published", {"color": "grey", "linestyle": "--", "marker": "^"}),
+    "published": ("the paper's rule", {"color": "grey", "linestyle": "--", "marker": "^"}),
     "wider pool": ("p predicted, 64 candidates",
                    {"color": "black", "linestyle": "-", "marker": "D"}),
 }
 WAYS = {  # of the real model's gradient: names in the records, and in the figure
     "most prompts": "uniform,\nmost prompts",
-    "published": "GVM as\npublished",
+    "published": "the paper's\nrule",
     "predicted": "p predicted,\nof 16",
     "wider pool": "p predicted,\nof 64",
     "known p, wider pool": "p known,\nof 64",
 }
 LOWEST = 0.05
+NAMES = {"toy": "the toy", "real": "the real model"}
 
 
-def draw_curves(axes, records: list[dict], objective: str) -> None:
+def draw_curves(axes, on: str, objective: str) -> None:
     """Accuracy against tokens, mean and 95 % interval over the seeds that all methods have."""
-    groups = groups_of(SETTINGS["toy"], records, objective)
+    setting = SETTINGS[on]
+    groups = groups_of(setting, read_records(setting.records_path), objective)
     for method in (name for name in STYLES if name in groups):  # RAFT has no wider pool
         label, style = STYLES[method]
-        curves = np.array([record["curve"] for record in groups[method].runs])
+        curves = [record["curve"] for record in groups[method].runs]
+        shortest = min(map(len, curves))
+        curves = np.array([curve[:shortest] for curve in curves])
         tokens, accuracy = curves[..., TOKENS].mean(axis=0) / 1000, curves[..., ACCURACY]
         half = 1.96 * accuracy.std(axis=0, ddof=1) / np.sqrt(len(curves))
         axes.errorbar(tokens, accuracy.mean(axis=0), half, label=label, capsize=2, linewidth=1.2,
                       markersize=4, **style)
-    axes.set(title=f"the toy: {objective.upper()}, {len(curves)} seeds",
+    axes.set(title=f"{NAMES[on]}: {objective.upper()}, {len(curves)} seeds",
              xlabel="thousand response tokens, pilot included", ylabel="accuracy, 95 % interval",
-             xlim=(0, 170))
+             xlim=(0, 1.06 * setting.budget[TOKENS] / 1000))
     axes.legend(frameon=False, loc="lower right")
 
 
-def draw_gradient(axes, records: list[dict]) -> None:
+def draw_gradient(axes) -> None:
     """What a token tells of the gradient, over uniform's; medians and 95 % intervals."""
-    found = {(row["objective"], row["way"]): row["efficiency_per_token"] for row in records
-             if "way" in row}
+    found = {(row["objective"], row["way"]): row["efficiency_per_token"]
+             for row in read_records(FOLDER / "real_gradient.jsonl") if "way" in row}
     for shift, objective, marker in ((-0.1, "raft", "o"), (0.1, "grpo", "D")):
         middles, lows, highs = np.transpose([found[objective, way] for way in WAYS])
         lows = lows.clip(LOWEST)  # on a logarithmic axis
@@ -61,22 +65,21 @@ def draw_gradient(axes, records: list[dict]) -> None:
                       label=objective.upper())
     axes.axhline(1, color="black", linestyle=":", linewidth=1)
     axes.set_xticks(range(len(WAYS)), WAYS.values(), fontsize=8)
-    axes.set(title="a real model: its gradient", yscale="log", ylim=(LOWEST, 20),
+    axes.set(title="the real model: its gradient", yscale="log", ylim=(LOWEST, 20),
              ylabel="signal² / variance of a token, over uniform's")
     axes.legend(frameon=False, loc="lower left")
 
 
 def draw(path: Path) -> None:
-    """All three panels, as a file."""
+    """All four panels, as a file."""
     from matplotlib import pyplot as plt
 
-    toy = read_records(SETTINGS["toy"].records_path)
-    real = read_records(FOLDER / "real_gradient.jsonl")
-    _, axes = plt.subplots(1, 3, figsize=(13, 4))
-    for panel, objective in zip(axes, ("raft", "grpo")):
-        draw_curves(panel, toy, objective)
-    draw_gradient(axes[2], real)
-    for panel in axes:
+    _, axes = plt.subplots(2, 2, figsize=(11, 8))
+    draw_curves(axes[0, 0], "toy", "raft")
+    draw_curves(axes[0, 1], "toy", "grpo")
+    draw_gradient(axes[1, 0])
+    draw_curves(axes[1, 1], "real", "grpo")
+    for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
     plt.tight_layout()
     plt.savefig(path, dpi=120)

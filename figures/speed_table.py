@@ -1,10 +1,9 @@
 """The tables of speed.py's runs: how much sooner a method reaches an accuracy than uniform counts.
 
     python figures/speed_table.py                 # the toy, from speed.jsonl
-    python figures/speed_table.py --on real       # the real model, from real_speed.jsonl
-    python figures/speed_table.py --short         # fewer columns: README.md's table
-    python figures/speed_table.py --on real --steps         # what the log says of the steps
-    python figures/speed_table.py --on real --tuned         # the runs by which rates were chosen
+    python figures/speed_table.py --on real --points        # the real model, from real_speed.jsonl:
+                                                            # how far accuracies are above uniform's
+    python figures/speed_table.py --on real --steps         # what the log says of its steps
 """
 
 import argparse
@@ -15,13 +14,14 @@ import numpy as np
 from measure import SAMPLES, STEP, TOKENS, accuracy_after, mean_accuracy, points_above
 from measure import run_costs, speedup, with_interval
 from speed import METHODS, PILOT, PREDICTED_ALPHA, PUBLISHED_ALPHA, SETTINGS, read_records
-from tuning import KEY, Setting, records_of, tune
+from tuning import Setting, records_of, tune
 
 HEADS = ("objective", "method", "rate, pilot, alpha", "thousand tokens to {accuracies}",
          "runs that cost the budget", "s a step", "accuracy after the budget", "speed in tokens",
          "in seconds", "in samples", "mean accuracy over the budget, points")
-OF_TUNING = (*KEY[1:], "accuracy (thousand tokens)")  # KEY without the stage
-SHORT = (0, 1, 7, 8, 9)  # the columns of README's table
+OF_POINTS = ("objective", "method", "rate, pilot, alpha", "s a step", "accuracy after the budget",
+             "points above uniform, at equal tokens", "each seed's", "at equal samples",
+             "at equal seconds")
 OF_STEPS = {  # heads, and names in the records
     "mixed groups": "prompts_sometimes", "mixed among first two": "mixed_pairs",
     "right": "accept_rate", "predicted to be right": "predicted_accept_rate",
@@ -40,6 +40,14 @@ class Group:
         """(runs, accuracies): see measure.run_costs."""
         curves = [record["curve"] for record in self.runs]
         return run_costs(curves, column, setting.accuracies, budget)
+
+    def mean_accuracies(self, column: int, budget: float) -> np.ndarray:
+        """(runs,): see measure.mean_accuracy."""
+        return np.array([mean_accuracy(record["curve"], column, budget) for record in self.runs])
+
+    def end(self, budget: float) -> float:
+        """The mean accuracy of the runs when a budget of tokens is spent."""
+        return np.mean([accuracy_after(record["curve"], TOKENS, budget) for record in self.runs])
 
 
 def groups_of(setting: Setting, records: list[dict], objective: str) -> dict[str, Group]:
@@ -73,25 +81,54 @@ def row(setting: Setting, objective: str, method: str, group: Group, uniform: Gr
     """Cells of the table."""
     steps, samples, tokens = setting.budget
     in_tokens = group.costs(setting, TOKENS, tokens)
-    ends = np.mean([accuracy_after(record["curve"], tokens) for record in group.runs])
     cells = [objective, f"{method}, {len(group.runs)} seeds",
              f"{group.rate:g}, {pilot_and_alpha(objective, method)}",
              ", ".join(f"{cost / 1000:.0f}" for cost in in_tokens.mean(axis=0)),
              ", ".join(f"{share:.0%}" for share in (in_tokens == tokens).mean(axis=0)),
-             f"{group.seconds:.3f}", f"{ends:.3f}"]
+             f"{group.seconds:.3f}", f"{group.end(tokens):.3f}"]
     if method == "uniform":
         return [*cells, "1", "1", "1", "0"]
 
     seconds = steps * uniform.seconds  # the budget
     in_seconds = [np.minimum(x.costs(setting, STEP, np.inf) * x.seconds, seconds)
                   for x in (uniform, group)]
-    areas = [np.array([mean_accuracy(record["curve"], tokens) for record in x.runs])
-             for x in (uniform, group)]
     return [*cells,
             with_interval(speedup, uniform.costs(setting, TOKENS, tokens), in_tokens),
             with_interval(speedup, *in_seconds),
             with_interval(speedup, *(x.costs(setting, SAMPLES, samples) for x in (uniform, group))),
-            with_interval(points_above, *areas)]
+            points_above(*(x.mean_accuracies(TOKENS, tokens) for x in (uniform, group)))]
+
+
+def points_rows(setting: Setting, records: list[dict]) -> list[list[str]]:
+    """How far the mean accuracy over the budget is above uniform's: cells by OF_POINTS."""
+    steps, samples, tokens = setting.budget
+    rows = []
+    for objective in ("raft", "grpo"):
+        groups = groups_of(setting, records, objective)
+        for method, group in groups.items():
+            cells = [objective, f"{method}, {len(group.runs)} seeds",
+                     f"{group.rate:g}, {pilot_and_alpha(objective, method)}",
+                     "not timed" if np.isnan(group.seconds) else f"{group.seconds:.3g}",
+                     f"{group.end(tokens):.3f}"]
+            uniform = groups["uniform"]
+            in_tokens = [x.mean_accuracies(TOKENS, tokens) for x in (uniform, group)]
+            in_samples = [x.mean_accuracies(SAMPLES, samples) for x in (uniform, group)]
+            if method != "uniform":
+                each = 100 * (in_tokens[1] - in_tokens[0])
+                cells += [points_above(*in_tokens), ", ".join(f"{points:+.2f}" for points in each),
+                          points_above(*in_samples), points_in_time(setting, uniform, group)]
+            rows.append(cells + ["0"] * (len(OF_POINTS) - len(cells)))
+    return rows
+
+
+def points_in_time(setting: Setting, uniform: Group, group: Group) -> str:
+    """points_above, over the budget's steps of uniform, or as long as all these runs last."""
+    if np.isnan(uniform.seconds + group.seconds):
+        return "not timed"
+    seconds = min(record["curve"][-1][STEP] * x.seconds
+                  for x in (uniform, group) for record in x.runs)
+    seconds = min(seconds, setting.budget[STEP] * uniform.seconds)
+    return points_above(*(x.mean_accuracies(STEP, seconds / x.seconds) for x in (uniform, group)))
 
 
 def pilot_and_alpha(objective: str, method: str) -> str:
@@ -121,27 +158,17 @@ def step_rows(setting: Setting, records: list[dict]) -> list[list[str]]:
     return rows
 
 
-def tuned_rows(records: list[dict]) -> list[list[str]]:
-    """Each run by which a rate was chosen: cells by OF_TUNING."""
-    tuned = [record for record in records if record["stage"] == "tune"]
-    return [[*(str(record[name]) for name in KEY[1:]),
-             ", ".join(f"{accuracy:.3f} ({tokens / 1000:.0f})"
-                       for *_, tokens, accuracy in record["curve"])]
-            for record in sorted(tuned, key=lambda record: [record[name] for name in KEY[1:]])]
-
-
 def as_markdown(heads, rows: list[list[str]]) -> str:
     """A table."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
 
 
-def table(setting: Setting, records: list[dict], columns=range(len(HEADS))) -> str:
-    """rows_of in Markdown, or some columns of it."""
+def table(setting: Setting, records: list[dict]) -> str:
+    """rows_of in Markdown."""
     accuracies = ", ".join(f"{accuracy:.2f}" for accuracy in setting.accuracies)
     heads = [head.format(accuracies=accuracies) for head in HEADS]
-    heads, *rows = [[cells[i] for i in columns] for cells in (heads, *rows_of(setting, records))]
-    return as_markdown(heads, rows)
+    return as_markdown(heads, rows_of(setting, records))
 
 
 def main() -> None:
@@ -151,21 +178,19 @@ def main() -> None:
     parser.add_argument("--on", choices=SETTINGS, default="toy")
     parser.add_argument("--records", type=Path, help="of runs, if not where speed.py keeps them")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--short", action="store_true", help="fewer columns")
+    add("--points", action="store_true", help="another table: accuracies at equal cost")
     add("--steps", action="store_true", help="another table, of the steps")
-    add("--tuned", action="store_true", help="another table, of runs to tune rates by")
     args = parser.parse_args()
     setting = SETTINGS[args.on]
     if args.steps and not setting.keep_steps:
         parser.error(f"--steps: of {args.on} nothing is kept of the steps")
     records = read_records(args.records or setting.records_path)
     if args.steps:
-        heads = ("objective", "method", *OF_STEPS)
-        print(as_markdown(heads, step_rows(setting, records)))
-    elif args.tuned:
-        print(as_markdown(OF_TUNING, tuned_rows(records)))
+        print(as_markdown(("objective", "method", *OF_STEPS), step_rows(setting, records)))
+    elif args.points:
+        print(as_markdown(OF_POINTS, points_rows(setting, records)))
     else:
-        print(table(setting, records, SHORT if args.short else range(len(HEADS))))
+        print(table(setting, records))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""figures/experiment.py: tuning and ratios by hand, two steps of each method, the table of its README."""
+"""figures/experiment.py: tuning and costs by hand, two steps of each method, the table of its README."""
 
 import sys
 
@@ -34,13 +34,9 @@ def test_the_rate_is_tuned_first_and_then_the_split():
     assert len(experiment.wanted(records + done, ["raft"], ["rounds"], ["usual"])) == 1
 
 
-def test_crossings_and_speed_by_hand():
-    slow = np.array([[[0, 0, 0, 0, 0.4], [1, 100, 0, 0, 0.5], [2, 200, 0, 0, 0.6]]] * 3)
-    fast = np.array([[[0, 0, 0, 0, 0.4], [1, 100, 0, 0, 0.6], [2, 200, 0, 0, 0.7]]] * 3)
-    assert experiment.crossing(slow, 1, 0.55) == pytest.approx(150)
-    assert experiment.crossing(slow, 1, 0.9) == np.inf
-    assert experiment.costs(slow, 1, 10) == "20, never"
-    assert experiment.speedup(fast, slow, 1) == "2.00 (2.00 to 2.00)"
+def test_costs_and_intervals_by_hand():
+    curves = np.array([[[0, 0, 0, 0, 0.4], [1, 100, 0, 0, 0.5], [2, 200, 0, 0, 0.6]]] * 3)
+    assert experiment.costs(curves, 1, 10) == "20, never"
     assert experiment.interval(np.array([0.1, 0.2, 0.3])) == "+0.200 ± 0.248"
 
 

@@ -43,10 +43,11 @@ def test_speed_and_area_by_hand():
     paired = with_interval(speedup, even, even / 2)  # each pair says 2, however its runs differ
     assert paired == "2.00 (2.00 to 2.00)"
     line = [[0, 0, 0, 0.4], [1, 0, 1000, 0.6], [2, 0, 10**6, 0.9]]
-    assert mean_accuracy(line, budget=1000) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="below 2000000"):
-        mean_accuracy(line, budget=2 * 10**6)
-    assert points_above(np.array([0.5, 0.5]), np.array([0.6, 0.5])) == pytest.approx(5)
+    assert mean_accuracy(line, TOKENS, budget=1000) == pytest.approx(0.5)
+    assert mean_accuracy(line, STEP, budget=2) == pytest.approx(0.625, abs=1e-3)
+    with pytest.raises(ValueError, match="before 2000000 in column 2"):
+        mean_accuracy(line, TOKENS, budget=2 * 10**6)
+    assert points_above(np.array([0.5, 0.5, 0.6]), np.array([0.6, 0.7, 0.9])) == "+20.00 ± 24.84"  # 4.303 * 10 / sqrt(3)
 
 
 def test_mixed_pairs_by_hand_and_whatever_decides_about_group_sizes():
@@ -131,11 +132,28 @@ def test_a_row_of_the_table_by_hand():
     assert cells[2:7] == ["0.0003, 2, 0.001", "3, 4, 4", "0%, 100%, 100%", "0.300", "0.575"]
     assert cells[7].split()[0] == f"{(1500 / 3000 * 1800 / 3500 * 2000 / 3500) ** (1 / 3):.2f}"
     assert [cell.split()[0] for cell in cells[8:10]] == ["0.67", "2.00"]  # in seconds, samples
-    short = [line.strip("| ").split(" | ") for line in speed_table.table(setting, records, speed_table.SHORT).splitlines()]
-    assert short[0][2:] == ["speed in tokens", "in seconds", "in samples"] and len(short) == 4
-    assert short[2] == ["raft", "uniform, 2 seeds", "1", "1", "1"] and short[3][2] == cells[7]
     assert speed_table.table(setting, records[: len(records) // 2]).count("uniform") == 1
     assert speed_table.table(setting, []).count("\n") == 1
+
+
+def test_points_above_uniform_by_hand():
+    """Two lines from 0.4: uniform's to 0.5 and the method's to 0.6, in as many samples, twice the tokens, half of the steps, each of
+    which takes twice as long. A mean over a line is its middle."""
+    even, dear = ([[0, 0, 0, 0.4], [10, 640, 1000, 0.5]], [[0, 0, 0, 0.4], [5, 640, 2000, 0.6]])
+    setting = replace(TOY, budget=(10, 640, 1000), first_rates=(1e-4, 2e-4, 4e-4), search_seeds=(100,), final_seeds=(),
+                      accuracies=(0.45,))
+    records = []
+    for method, curve, seconds in (("uniform", even, 0.1), ("published", dear, 0.2)):
+        records += [record(method=method, rate=rate, curve=curve if rate == 2e-4 else CURVE[:1]) for rate in setting.first_rates]
+        records += [record("report", method, 2e-4, seed, curve) for seed in (400, 401)]
+        records.append(record("time", method, 2e-4) | {"seconds_a_step": seconds})
+    uniform, published = speed_table.points_rows(setting, records)
+    assert uniform == ["raft", "uniform, 2 seeds", "0.0002, none", "0.1", "0.500", "0", "0", "0", "0"]
+    assert published[2:] == ["0.0002, 2, 0.001", "0.2", "0.500", "+0.00 ± 0.00", "+0.00, +0.00", "+5.00 ± 0.00", "+5.00 ± 0.00"]
+    untimed = speed_table.points_rows(setting, [row for row in records if row["stage"] != "time"])
+    assert [row[3] for row in untimed] == ["not timed"] * 2 and untimed[1][-1] == "not timed"
+    shorter = replace(setting, budget=(20, 640, 1000))  # runs that end before the budget's seconds are compared as far as they go
+    assert speed_table.points_rows(shorter, records)[1][-1] == "+5.00 ± 0.00"
 
 
 def test_who_never_arrives_pays_the_budget_in_seconds_too():
@@ -166,14 +184,6 @@ def test_the_steps_in_thirds_by_hand():
     records = [record if record["rate"] == 3e-4 else record | {"curve": CURVE[:1]} for record in records]
     cells, = speed_table.step_rows(TOY, records)
     assert cells == ["raft", "uniform, 2 seeds", "0.15, 0.35, 0.55", "0.50, 0.50, 0.50", "0.20, 0.20, 0.20", "", "0.60, 0.60"]
-
-
-def test_the_runs_to_tune_by():
-    """By method, rate and seed; the reported are left out."""
-    records = [record("report", seed=1), record("tune", rate=2e-4, seed=0), record("tune", rate=1e-4, seed=0)]
-    rows = speed_table.tuned_rows(records)
-    assert [row[2:4] for row in rows] == [["0.0001", "0"], ["0.0002", "0"]]
-    assert rows[0][4] == "0.400 (0), 0.500 (1), 0.600 (2), 0.500 (4)"
 
 
 @pytest.mark.slow
@@ -208,15 +218,13 @@ def test_the_figure_is_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_the_readmes_have_the_tables_of_the_records():
-    front, readme = ((ROOT / name).read_text() for name in ("README.md", "figures/README.md"))
-    for setting in ALL:
-        records = speed.read_records(setting.records_path)
+    readme = (ROOT / "figures" / "README.md").read_text()
+    toy, real = (speed.read_records(setting.records_path) for setting in ALL)
+    for records in (toy, real):
         assert len({tuple(record[name] for name in tuning.KEY) for record in records}) == len(records)
-        rows = speed_table.table(setting, records).splitlines()[2:]
-        assert (rows or setting is not TOY) and all(line in readme for line in rows)
-    tuned = speed_table.tuned_rows(speed.read_records(speed.SETTINGS["real"].records_path))
-    assert tuned and all(line in readme for line in speed_table.as_markdown(speed_table.OF_TUNING, tuned).splitlines())
-    assert all(line in front for line in speed_table.table(TOY, speed.read_records(TOY.records_path), speed_table.SHORT).splitlines())
+    assert speed_table.table(TOY, toy) in readme
+    assert speed_table.as_markdown(speed_table.OF_POINTS, speed_table.points_rows(ALL[1], real)) in readme
+    assert speed_table.as_markdown(("objective", "method", *speed_table.OF_STEPS), speed_table.step_rows(ALL[1], real)) in readme
 
 
 @pytest.mark.slow
@@ -224,10 +232,13 @@ def test_the_first_screen_says_what_the_records_say():
     front = " ".join((ROOT / "README.md").read_text().split())  # sentences run over lines
     rows = {(row[0], row[1].split(",")[0]): row for row in speed_table.rows_of(TOY, speed.read_records(TOY.records_path))}
     real = {(row["objective"], row["way"]): row["efficiency_per_token"] for row in speed.read_rows(real_gradient.RECORDS) if "way" in row}
-    shown = {"published": "GVM as published; 2 of the 4 samples are its pilot", "most prompts": "equal counts, but as many prompts as possible",
+    shown = {"published": "the paper's rule; 2 of the 4 samples are its pilot", "most prompts": "equal counts, but as many prompts as possible",
              "wider pool": "added here: the best of 64 prompts, by predicting how hard they are"}
     for method, name in shown.items():
-        cells = [rows[objective, method][7] if (objective, method) in rows else rows["raft", "most prompts"][7] + ", the same runs"
+        cells = [rows[objective, method][7] if (objective, method) in rows else "as above: one sample each"
                  for objective in ("raft", "grpo")]
         cells += [real_gradient.with_range(real[objective, method]) for objective in ("raft", "grpo")]
         assert f"| {name} | {' | '.join(cells)} |" in front
+    for key, sentence in {("raft", "published"): "the paper's rule has {} for RAFT", ("grpo", "published"): "and {} for GRPO",
+                          ("grpo", "wider pool"): "GRPO's prediction {}. The intervals"}.items():
+        assert sentence.format(rows[key][8]) in front
