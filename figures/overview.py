@@ -11,7 +11,7 @@ import numpy as np
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
 
-from measure import ACCURACY, TOKENS  # noqa: E402 (all lie in this folder)
+from measure import ACCURACY, TOKENS, interval_half  # noqa: E402 (all lie in this folder)
 from speed import SETTINGS, read_records  # noqa: E402
 from speed_table import groups_of  # noqa: E402
 
@@ -35,20 +35,18 @@ NAMES = {"toy": "the toy", "real": "the real model"}
 
 def draw_curves(axes, on: str, objective: str) -> None:
     """Accuracy against tokens, mean and 95 % interval over the seeds that all methods have."""
-    setting = SETTINGS[on]
-    groups = groups_of(setting, read_records(setting.records_path), objective)
+    groups = groups_of(SETTINGS[on], read_records(SETTINGS[on].records_path), objective)
     for method in (name for name in STYLES if name in groups):  # RAFT has no wider pool
         label, style = STYLES[method]
         curves = [record["curve"] for record in groups[method].runs]
         shortest = min(map(len, curves))
         curves = np.array([curve[:shortest] for curve in curves])
         tokens, accuracy = curves[..., TOKENS].mean(axis=0) / 1000, curves[..., ACCURACY]
-        half = 1.96 * accuracy.std(axis=0, ddof=1) / np.sqrt(len(curves))
-        axes.errorbar(tokens, accuracy.mean(axis=0), half, label=label, capsize=2, linewidth=1.2,
-                      markersize=4, **style)
+        axes.errorbar(tokens, accuracy.mean(axis=0), interval_half(accuracy), label=label,
+                      capsize=2, linewidth=1.2, markersize=4, **style)
     axes.set(title=f"{NAMES[on]}: {objective.upper()}, {len(curves)} seeds",
-             xlabel="thousand response tokens, pilot included", ylabel="accuracy, 95 % interval",
-             xlim=(0, 1.06 * setting.budget[TOKENS] / 1000))
+             xlabel="thousand response tokens, pilot included", ylabel="accuracy, 95 % interval")
+    axes.set_xlim(left=0)
     axes.legend(frameon=False, loc="lower right")
 
 
