@@ -232,12 +232,14 @@ def test_the_first_screen_says_what_the_records_say():
     front = " ".join((ROOT / "README.md").read_text().split())  # sentences run over lines
     rows = {(row[0], row[1].split(",")[0]): row for row in speed_table.rows_of(TOY, speed.read_records(TOY.records_path))}
     real = {(row["objective"], row["way"]): row["efficiency_per_token"] for row in speed.read_rows(real_gradient.RECORDS) if "way" in row}
+    points = {row[1].split(",")[0]: row[5] for row in speed_table.points_rows(ALL[1], speed.read_records(ALL[1].records_path))}
     shown = {"published": "the paper's rule; 2 of the 4 samples are its pilot", "most prompts": "equal counts, but as many prompts as possible",
              "wider pool": "added here: the best of 64 prompts, by predicting how hard they are"}
     for method, name in shown.items():
         cells = [rows[objective, method][7] if (objective, method) in rows else "as above: one sample each"
                  for objective in ("raft", "grpo")]
         cells += [real_gradient.with_range(real[objective, method]) for objective in ("raft", "grpo")]
+        cells.append(points.get(method, "not run"))
         assert f"| {name} | {' | '.join(cells)} |" in front
     for key, sentence in {("raft", "published"): "the paper's rule has {} for RAFT", ("grpo", "published"): "and {} for GRPO",
                           ("grpo", "wider pool"): "GRPO's prediction {}. The intervals"}.items():
