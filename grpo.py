@@ -48,7 +48,7 @@ def grpo_advantage(rewards: np.ndarray) -> np.ndarray:
 
 
 def dr_advantage(rewards: np.ndarray) -> np.ndarray:
-    """r - mean (arXiv 2503.20783). The std, left out, favours p near 0 and 1 in large groups."""
+    """r - mean (arXiv 2503.20783): no std, which in large groups favours p near 0 and 1."""
     return rewards - rewards.mean()
 
 

@@ -65,11 +65,12 @@ def loss_weights(samples: list[Sample], used: np.ndarray, num_prompts: int, weig
 
     used: (samples,), what the estimator averages over: right samples in RAFT, all in GRPO.
     m = num_prompts, solved or not; D_i: the used samples of prompt i; T_j: its response tokens.
-    sum(T) and mean(T) are over all samples of the update, used or not. Raises ValueError.
+    sum(T) and mean(T) are over all samples of the update, used or not.
     prompt:   1 / (m |D_i| mean(T)), Algorithm 1: prompts with used samples all count the same.
               mean(T) brings it near the scale of `token`.
     token:    1 / sum(T), as in the released code. Favours prompts with many samples.
     sequence: 1 / (T_j sum_i |D_i|), Eq. 8. Favours them, too.
+    Raises ValueError for another weighting.
     """
     lengths = np.array([len(sample.response_ids) for sample in samples], dtype=float)  # T_j
     if weighting == "prompt":

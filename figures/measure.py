@@ -6,7 +6,7 @@ than the budget, or never, its cost is the budget. For each of some accuracies, 
 uniform's runs is divided by the method's; the speed is the geometric mean of these ratios. Its
 interval comes from a bootstrap over pairs of runs with the same seed. Beside it stands the
 difference of the mean accuracy over the budget, the area between the curves, with Student's
-interval: for a few runs, of which a bootstrap makes too little, and for curves that are flat.
+interval. It serves a few runs, too, for which a bootstrap's interval is too narrow, and flat curves.
 """
 
 import numpy as np

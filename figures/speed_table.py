@@ -101,7 +101,7 @@ def row(setting: Setting, objective: str, method: str, group: Group, uniform: Gr
 
 def points_rows(setting: Setting, records: list[dict]) -> list[list[str]]:
     """How far the mean accuracy over the budget is above uniform's: cells by OF_POINTS."""
-    steps, samples, tokens = setting.budget
+    _, samples, tokens = setting.budget
     rows = []
     for objective in ("raft", "grpo"):
         groups = groups_of(setting, records, objective)
