@@ -6,7 +6,7 @@ than the budget, or never, its cost is the budget. For each of some accuracies, 
 uniform's runs is divided by the method's; the speed is the geometric mean of these ratios. Its
 interval comes from a bootstrap over pairs of runs with the same seed. Beside it stands the
 difference of the mean accuracy over the budget, the area between the curves, with Student's
-interval. It serves a few runs, too, for which a bootstrap's interval is too narrow, and flat curves.
+interval. It serves flat curves, too, and a few runs, for which a bootstrap's is too narrow.
 """
 
 import numpy as np
@@ -50,7 +50,7 @@ def accuracy_after(curve, column: int, spent) -> np.ndarray:
     """The accuracy when so much is spent, a number or an array, linear between evaluations.
     Raises ValueError if the run has not spent it."""
     if curve[-1][column] < np.max(spent):
-        raise ValueError(f"a run ends at {curve[-1]}, before {np.max(spent):.0f} in column {column}")
+        raise ValueError(f"a run ends at {curve[-1]}, below {np.max(spent):.0f} in column {column}")
     return np.interp(spent, *np.array(curve)[:, [column, ACCURACY]].T)
 
 

@@ -45,7 +45,7 @@ def test_speed_and_area_by_hand():
     line = [[0, 0, 0, 0.4], [1, 0, 1000, 0.6], [2, 0, 10**6, 0.9]]
     assert mean_accuracy(line, TOKENS, budget=1000) == pytest.approx(0.5)
     assert mean_accuracy(line, STEP, budget=2) == pytest.approx(0.625, abs=1e-3)
-    with pytest.raises(ValueError, match="before 2000000 in column 2"):
+    with pytest.raises(ValueError, match="below 2000000 in column 2"):
         mean_accuracy(line, TOKENS, budget=2 * 10**6)
     assert points_above(np.array([0.5, 0.5, 0.6]), np.array([0.6, 0.7, 0.9])) == "+20.00 ± 24.84"  # 4.303 * 10 / sqrt(3)
 
