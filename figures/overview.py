@@ -33,9 +33,9 @@ LOWEST = 0.05
 NAMES = {"toy": "the toy", "real": "the real model"}
 
 
-def draw_curves(axes, on: str, objective: str) -> None:
+def draw_curves(axes, on: str, records: list[dict], objective: str) -> None:
     """Accuracy against tokens, mean and 95 % interval over the seeds that all methods have."""
-    groups = groups_of(SETTINGS[on], read_records(SETTINGS[on].records_path), objective)
+    groups = groups_of(SETTINGS[on], records, objective)
     for method in (name for name in STYLES if name in groups):  # RAFT has no wider pool
         label, style = STYLES[method]
         curves = [record["curve"] for record in groups[method].runs]
@@ -50,10 +50,10 @@ def draw_curves(axes, on: str, objective: str) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
-def draw_gradient(axes) -> None:
+def draw_gradient(axes, records: list[dict]) -> None:
     """What a token tells of the gradient, over uniform's; medians and 95 % intervals."""
-    found = {(row["objective"], row["way"]): row["efficiency_per_token"]
-             for row in read_records(FOLDER / "real_gradient.jsonl") if "way" in row}
+    found = {(row["objective"], row["way"]): row["efficiency_per_token"] for row in records
+             if "way" in row}
     for shift, objective, marker in ((-0.1, "raft", "o"), (0.1, "grpo", "D")):
         middles, lows, highs = np.transpose([found[objective, way] for way in WAYS])
         lows = lows.clip(LOWEST)  # on a logarithmic axis
@@ -73,10 +73,11 @@ def draw(path: Path) -> None:
     from matplotlib import pyplot as plt
 
     _, axes = plt.subplots(2, 2, figsize=(11, 8))
-    draw_curves(axes[0, 0], "toy", "raft")
-    draw_curves(axes[0, 1], "toy", "grpo")
-    draw_gradient(axes[1, 0])
-    draw_curves(axes[1, 1], "real", "grpo")
+    toy, real = (read_records(SETTINGS[on].records_path) for on in NAMES)
+    draw_curves(axes[0, 0], "toy", toy, "raft")
+    draw_curves(axes[0, 1], "toy", toy, "grpo")
+    draw_gradient(axes[1, 0], read_records(FOLDER / "real_gradient.jsonl"))
+    draw_curves(axes[1, 1], "real", real, "grpo")
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
     plt.tight_layout()

@@ -67,8 +67,9 @@ def groups_of(setting: Setting, records: list[dict], objective: str) -> dict[str
     return groups
 
 
-def rows_of(setting: Setting, records: list[dict]) -> list[list[str]]:
-    """Every method at its best rate against uniform, on the seeds that all have: cells by HEADS."""
+def rows_of(setting: Setting, records: list[dict], row) -> list[list[str]]:
+    """row(setting, objective, method, group, uniform's group), cells, for each method at its best
+    rate, on the seeds that all have."""
     rows = []
     for objective in ("raft", "grpo"):
         groups = groups_of(setting, records, objective)
@@ -77,12 +78,18 @@ def rows_of(setting: Setting, records: list[dict]) -> list[list[str]]:
     return rows
 
 
-def row(setting: Setting, objective: str, method: str, group: Group, uniform: Group) -> list[str]:
-    """Cells of the table."""
+def first_cells(objective: str, method: str, group: Group) -> list[str]:
+    """What a row is of."""
+    return [objective, f"{method}, {len(group.runs)} seeds",
+            f"{group.rate:g}, {pilot_and_alpha(objective, method)}"]
+
+
+def speed_row(setting: Setting, objective: str, method: str, group: Group, uniform: Group
+              ) -> list[str]:
+    """How much sooner a method reaches the accuracies: cells by HEADS."""
     steps, samples, tokens = setting.budget
     in_tokens = group.costs(setting, TOKENS, tokens)
-    cells = [objective, f"{method}, {len(group.runs)} seeds",
-             f"{group.rate:g}, {pilot_and_alpha(objective, method)}",
+    cells = [*first_cells(objective, method, group),
              ", ".join(f"{cost / 1000:.0f}" for cost in in_tokens.mean(axis=0)),
              ", ".join(f"{share:.0%}" for share in (in_tokens == tokens).mean(axis=0)),
              f"{group.seconds:.3f}", f"{group.end(tokens):.3f}"]
@@ -99,26 +106,21 @@ def row(setting: Setting, objective: str, method: str, group: Group, uniform: Gr
             points_above(*(x.mean_accuracies(TOKENS, tokens) for x in (uniform, group)))]
 
 
-def points_rows(setting: Setting, records: list[dict]) -> list[list[str]]:
+def points_row(setting: Setting, objective: str, method: str, group: Group, uniform: Group
+               ) -> list[str]:
     """How far the mean accuracy over the budget is above uniform's: cells by OF_POINTS."""
     _, samples, tokens = setting.budget
-    rows = []
-    for objective in ("raft", "grpo"):
-        groups = groups_of(setting, records, objective)
-        for method, group in groups.items():
-            cells = [objective, f"{method}, {len(group.runs)} seeds",
-                     f"{group.rate:g}, {pilot_and_alpha(objective, method)}",
-                     "not timed" if np.isnan(group.seconds) else f"{group.seconds:.3g}",
-                     f"{group.end(tokens):.3f}"]
-            uniform = groups["uniform"]
-            in_tokens = [x.mean_accuracies(TOKENS, tokens) for x in (uniform, group)]
-            in_samples = [x.mean_accuracies(SAMPLES, samples) for x in (uniform, group)]
-            if method != "uniform":
-                each = 100 * (in_tokens[1] - in_tokens[0])
-                cells += [points_above(*in_tokens), ", ".join(f"{points:+.2f}" for points in each),
-                          points_above(*in_samples), points_in_time(setting, uniform, group)]
-            rows.append(cells + ["0"] * (len(OF_POINTS) - len(cells)))
-    return rows
+    cells = [*first_cells(objective, method, group),
+             "not timed" if np.isnan(group.seconds) else f"{group.seconds:.3g}",
+             f"{group.end(tokens):.3f}"]
+    if method == "uniform":
+        return [*cells, "0", "0", "0", "0"]
+
+    in_tokens = [x.mean_accuracies(TOKENS, tokens) for x in (uniform, group)]
+    in_samples = [x.mean_accuracies(SAMPLES, samples) for x in (uniform, group)]
+    each = 100 * (in_tokens[1] - in_tokens[0])
+    return [*cells, points_above(*in_tokens), ", ".join(f"{points:+.2f}" for points in each),
+            points_above(*in_samples), points_in_time(setting, uniform, group)]
 
 
 def points_in_time(setting: Setting, uniform: Group, group: Group) -> str:
@@ -165,10 +167,10 @@ def as_markdown(heads, rows: list[list[str]]) -> str:
 
 
 def table(setting: Setting, records: list[dict]) -> str:
-    """rows_of in Markdown."""
+    """Of speeds, in Markdown."""
     accuracies = ", ".join(f"{accuracy:.2f}" for accuracy in setting.accuracies)
     heads = [head.format(accuracies=accuracies) for head in HEADS]
-    return as_markdown(heads, rows_of(setting, records))
+    return as_markdown(heads, rows_of(setting, records, speed_row))
 
 
 def main() -> None:
@@ -188,7 +190,7 @@ def main() -> None:
     if args.steps:
         print(as_markdown(("objective", "method", *OF_STEPS), step_rows(setting, records)))
     elif args.points:
-        print(as_markdown(OF_POINTS, points_rows(setting, records)))
+        print(as_markdown(OF_POINTS, rows_of(setting, records, points_row)))
     else:
         print(table(setting, records))
 

@@ -181,9 +181,9 @@ def test_the_readmes_have_the_tables_of_the_records(capsys):
     readme, front = ((ROOT / name).read_text() for name in ("figures/README.md", "README.md"))
     assert len(tables) == 26 and all(line in readme for line in tables)
     front = " ".join(front.split())  # sentences run over lines
-    in_tokens = {tuple(line.strip("| ").split(" | ")[:2]): line.strip("| ").split(" | ")[-1] for line in tables[8:]}
+    rows = [line.strip("| ").split(" | ") for line in tables[10:]]  # of the ways
+    in_samples, in_tokens = ({tuple(row[:2]): row[column] for row in rows} for column in (-2, -1))
     assert "with `p` known, {} would be {}.".format(*(in_tokens["grpo", way].split()[0] for way in ("wider pool", "known p, wider pool"))) in front
-    in_samples = {tuple(line.strip("| ").split(" | ")[:2]): line.strip("| ").split(" | ")[-2:][0] for line in tables[8:]}
     for way in ("published", "wider pool"):
         assert f"{in_tokens['grpo', way].split()[0]} becomes {in_samples['grpo', way]}" in front
     correlation, = [line.split(" | ")[2] for line in tables if line.startswith("| middle layer | 512 |")]

@@ -147,13 +147,13 @@ def test_points_above_uniform_by_hand():
         records += [record(method=method, rate=rate, curve=curve if rate == 2e-4 else CURVE[:1]) for rate in setting.first_rates]
         records += [record("report", method, 2e-4, seed, curve) for seed in (400, 401)]
         records.append(record("time", method, 2e-4) | {"seconds_a_step": seconds})
-    uniform, published = speed_table.points_rows(setting, records)
+    uniform, published = speed_table.rows_of(setting, records, speed_table.points_row)
     assert uniform == ["raft", "uniform, 2 seeds", "0.0002, none", "0.1", "0.500", "0", "0", "0", "0"]
     assert published[2:] == ["0.0002, 2, 0.001", "0.2", "0.533", "+1.67 ± 0.00", "+1.67, +1.67", "+5.00 ± 0.00", "+5.00 ± 0.00"]
-    untimed = speed_table.points_rows(setting, [row for row in records if row["stage"] != "time"])
+    untimed = speed_table.rows_of(setting, [row for row in records if row["stage"] != "time"], speed_table.points_row)
     assert [row[3] for row in untimed] == ["not timed"] * 2 and untimed[1][-1] == "not timed"
     shorter = replace(setting, budget=(20, 640, 1000))  # runs that end before the budget's seconds are compared as far as they go
-    assert speed_table.points_rows(shorter, records)[1][-1] == "+5.00 ± 0.00"
+    assert speed_table.rows_of(shorter, records, speed_table.points_row)[1][-1] == "+5.00 ± 0.00"
 
 
 def test_who_never_arrives_pays_the_budget_in_seconds_too():
@@ -163,7 +163,7 @@ def test_who_never_arrives_pays_the_budget_in_seconds_too():
     group = speed_table.Group(rate=1e-4, seconds=0.1, runs=[record(curve=never)] * 2)
     setting = replace(TOY, budget=(120, 7680, 2500))
     expected = np.prod(np.array([7.5, 9, 10]) / 120) ** (1 / 3)
-    assert speed_table.row(setting, "raft", "published", group, uniform)[8].split()[0] == f"{expected:.2f}"
+    assert speed_table.speed_row(setting, "raft", "published", group, uniform)[8].split()[0] == f"{expected:.2f}"
 
 
 @pytest.mark.parametrize(("stage", "curve", "done"), [
@@ -223,16 +223,16 @@ def test_the_readmes_have_the_tables_of_the_records():
     for records in (toy, real):
         assert len({tuple(record[name] for name in tuning.KEY) for record in records}) == len(records)
     assert speed_table.table(TOY, toy) in readme
-    assert speed_table.as_markdown(speed_table.OF_POINTS, speed_table.points_rows(ALL[1], real)) in readme
+    assert speed_table.as_markdown(speed_table.OF_POINTS, speed_table.rows_of(ALL[1], real, speed_table.points_row)) in readme
     assert speed_table.as_markdown(("objective", "method", *speed_table.OF_STEPS), speed_table.step_rows(ALL[1], real)) in readme
 
 
 @pytest.mark.slow
 def test_the_first_screen_says_what_the_records_say():
     front = " ".join((ROOT / "README.md").read_text().split())  # sentences run over lines
-    rows = {(row[0], row[1].split(",")[0]): row for row in speed_table.rows_of(TOY, speed.read_records(TOY.records_path))}
+    rows = {(row[0], row[1].split(",")[0]): row for row in speed_table.rows_of(TOY, speed.read_records(TOY.records_path), speed_table.speed_row)}
     real = {(row["objective"], row["way"]): row["efficiency_per_token"] for row in speed.read_rows(real_gradient.RECORDS) if "way" in row}
-    points = {row[1].split(",")[0]: row[5] for row in speed_table.points_rows(ALL[1], speed.read_records(ALL[1].records_path))}
+    points = {row[1].split(",")[0]: row[5] for row in speed_table.rows_of(ALL[1], speed.read_records(ALL[1].records_path), speed_table.points_row)}
     shown = {"published": "the paper's rule; 2 of the 4 samples are its pilot", "most prompts": "equal counts, but as many prompts as possible",
              "wider pool": "added here: the best of 64 prompts, by predicting how hard they are"}
     for method, name in shown.items():
