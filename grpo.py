@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 8 grpo.py ...               # flags as for raft.py: see README.md
 
 RAFT gives right samples the advantage 1 and drops the others. GRPO trains on all samples. The
-advantage of each is its reward against those of its group, the other samples of its prompt.
+advantage of each is its reward less the mean of its group, the samples of its prompt, over their
+standard deviation.
 
 The rule. The gradient is now that of the expected reward. Its variance, as long as nothing is
 divided by a std, is another function of p, and the rule for that is `reward`

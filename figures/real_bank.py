@@ -203,10 +203,13 @@ def facts(bank: Bank) -> list[dict]:
         rows.append({"fact": f"tokens of those right {name}", "prompts": int(chosen.sum()),
                      "mean": bank.lengths[chosen].mean(), "standard_error": error,
                      "cut": 1 - bank.columns["finished"][chosen].mean()})
+    whole = bank.exact["grpo"].sum(axis=0)
+    shares = bank.exact["grpo"] @ whole / (whole @ whole)  # of each prompt; their sum is 1
     for task in sorted(set(bank.columns["task"])):
         chosen = bank.columns["task"] == task
         rows.append({"fact": f"task {task}", "prompts": int(chosen.sum()),
-                     "p": bank.p[chosen].mean(), "mean": bank.lengths[chosen].mean()})
+                     "p": bank.p[chosen].mean(), "mean": bank.lengths[chosen].mean(),
+                     "share_of_grpo_gradient": shares[chosen].sum()})
     return rows
 
 
