@@ -48,27 +48,31 @@ def speedup(of_uniform: np.ndarray, costs: np.ndarray) -> float:
 
 def accuracy_after(curve, column: int, spent) -> np.ndarray:
     """The accuracy when so much is spent, a number or an array, linear between evaluations.
-    Raises ValueError if the run has not spent it."""
+    Raises ValueError if the run has not spent it. As in first_reached, any curve will do."""
     if curve[-1][column] < np.max(spent):
         raise ValueError(f"a run ends at {curve[-1]}, below {np.max(spent):.0f} in column {column}")
-    return np.interp(spent, *np.array(curve)[:, [column, ACCURACY]].T)
+    return np.interp(spent, *np.array(curve)[:, [column, -1]].T)
 
 
-def mean_accuracy(curve, column: int, budget: float) -> float:
-    """Over the budget. Raises ValueError if the run has not spent it."""
-    return float(accuracy_after(curve, column, np.linspace(0, budget, 1001)).mean())
+def points_above(of_uniform: list, curves: list, column: int, budget: float) -> np.ndarray:
+    """How far the mean accuracy over the budget is above uniform's, in percentage points, (runs,);
+    the curves are paired by seed.
+
+    Both are read where uniform's was evaluated, and linear between. A chord lies below a curve that
+    flattens, and a long one by more: so each method read at its own evaluations, one whose
+    evaluations lie closer together would seem better than it is.
+    """
+    points = []
+    for uniform, curve in zip(of_uniform, curves, strict=True):
+        spent = [row[column] for row in uniform if row[column] < budget] + [budget]
+        above = accuracy_after(curve, column, spent) - accuracy_after(uniform, column, spent)
+        points.append(100 * np.trapezoid(above, spent) / budget)
+    return np.array(points)
 
 
 def interval_half(values: np.ndarray) -> np.ndarray:
     """Half of the 95 % interval of the mean over the first axis, Student's; of 2 to 20 values."""
     return STUDENT[len(values) - 2] * values.std(axis=0, ddof=1) / np.sqrt(len(values))
-
-
-def points_above(of_uniform: np.ndarray, accuracies: np.ndarray) -> str:
-    """How far a method's accuracies are above uniform's, (runs,) each, paired by seed: mean and
-    95 % interval, in percentage points."""
-    points = 100 * (accuracies - of_uniform)
-    return f"{points.mean():+.2f} ± {interval_half(points):.2f}"
 
 
 def with_interval(statistic, *per_run: np.ndarray) -> str:

@@ -8,7 +8,7 @@ whose p, G and exact gradients are known. Each repetition resamples, too, for th
 - the last prompts of the bank, --tested of them, chosen with replacement, are what steps are made
   of, and it is their mean gradient that is estimated;
 - some of the others teach a predictor: 8 steps of 16, 4 samples of each. (All choices about the
-  predictor but one were made on these others: see README.md.)
+  predictor were made on these others: see README.md.)
 
 Signal: the mean of the estimates along the exact gradient, S; noise: the root of their variance V;
 both over the exact gradient's length. Cosine: between the mean estimate and the exact gradient, 1

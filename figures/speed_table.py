@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measure import SAMPLES, STEP, TOKENS, accuracy_after, mean_accuracy, points_above
-from measure import run_costs, speedup, with_interval
+from measure import ACCURACY, SAMPLES, STEP, TOKENS, accuracy_after, interval_half
+from measure import points_above, run_costs, speedup, with_interval
 from speed import METHODS, PILOT, PREDICTED_ALPHA, PUBLISHED_ALPHA, SETTINGS, read_records
 from tuning import Setting, records_of, tune
 
@@ -36,18 +36,23 @@ class Group:
     seconds: float  # of a step; NaN if it was not timed
     runs: list[dict]  # records
 
+    @property
+    def curves(self) -> list:
+        """Of the runs: see measure.py."""
+        return [record["curve"] for record in self.runs]
+
+    def in_seconds(self) -> list:
+        """Of each run what it has spent in seconds, and its accuracy, at each evaluation."""
+        return [[[row[STEP] * self.seconds, row[ACCURACY]] for row in curve]
+                for curve in self.curves]
+
     def costs(self, setting: Setting, column: int, budget: float) -> np.ndarray:
         """(runs, accuracies): see measure.run_costs."""
-        curves = [record["curve"] for record in self.runs]
-        return run_costs(curves, column, setting.accuracies, budget)
-
-    def mean_accuracies(self, column: int, budget: float) -> np.ndarray:
-        """(runs,): see measure.mean_accuracy."""
-        return np.array([mean_accuracy(record["curve"], column, budget) for record in self.runs])
+        return run_costs(self.curves, column, setting.accuracies, budget)
 
     def end(self, budget: float) -> float:
         """The mean accuracy of the runs when a budget of tokens is spent."""
-        return np.mean([accuracy_after(record["curve"], TOKENS, budget) for record in self.runs])
+        return np.mean([accuracy_after(curve, TOKENS, budget) for curve in self.curves])
 
 
 def groups_of(setting: Setting, records: list[dict], objective: str) -> dict[str, Group]:
@@ -97,13 +102,13 @@ def speed_row(setting: Setting, objective: str, method: str, group: Group, unifo
         return [*cells, "1", "1", "1", "0"]
 
     seconds = steps * uniform.seconds  # the budget
-    in_seconds = [np.minimum(x.costs(setting, STEP, np.inf) * x.seconds, seconds)
+    in_seconds = [run_costs(x.in_seconds(), 0, setting.accuracies, seconds)
                   for x in (uniform, group)]
     return [*cells,
             with_interval(speedup, uniform.costs(setting, TOKENS, tokens), in_tokens),
             with_interval(speedup, *in_seconds),
             with_interval(speedup, *(x.costs(setting, SAMPLES, samples) for x in (uniform, group))),
-            points_above(*(x.mean_accuracies(TOKENS, tokens) for x in (uniform, group)))]
+            mean_and_interval(points_above(uniform.curves, group.curves, TOKENS, tokens))]
 
 
 def points_row(setting: Setting, objective: str, method: str, group: Group, uniform: Group
@@ -116,21 +121,26 @@ def points_row(setting: Setting, objective: str, method: str, group: Group, unif
     if method == "uniform":
         return [*cells, "0", "0", "0", "0"]
 
-    in_tokens = [x.mean_accuracies(TOKENS, tokens) for x in (uniform, group)]
-    in_samples = [x.mean_accuracies(SAMPLES, samples) for x in (uniform, group)]
-    each = 100 * (in_tokens[1] - in_tokens[0])
-    return [*cells, points_above(*in_tokens), ", ".join(f"{points:+.2f}" for points in each),
-            points_above(*in_samples), points_in_time(setting, uniform, group)]
+    in_tokens, in_samples = (points_above(uniform.curves, group.curves, column, budget)
+                             for column, budget in ((TOKENS, tokens), (SAMPLES, samples)))
+    return [*cells, mean_and_interval(in_tokens),
+            ", ".join(f"{points:+.2f}" for points in in_tokens),
+            mean_and_interval(in_samples), points_in_time(setting, uniform, group)]
 
 
 def points_in_time(setting: Setting, uniform: Group, group: Group) -> str:
-    """points_above, over the budget's steps of uniform, or as long as all these runs last."""
+    """Likewise over the seconds of uniform's budget of steps, or as many as all runs last."""
     if np.isnan(uniform.seconds + group.seconds):
         return "not timed"
-    seconds = min(record["curve"][-1][STEP] * x.seconds
-                  for x in (uniform, group) for record in x.runs)
+    curves = [x.in_seconds() for x in (uniform, group)]
+    seconds = min(curve[-1][0] for each in curves for curve in each)
     seconds = min(seconds, setting.budget[STEP] * uniform.seconds)
-    return points_above(*(x.mean_accuracies(STEP, seconds / x.seconds) for x in (uniform, group)))
+    return mean_and_interval(points_above(*curves, 0, seconds))
+
+
+def mean_and_interval(points: np.ndarray) -> str:
+    """Of percentage points, (runs,): the mean and half of its 95 % interval, as a cell."""
+    return f"{points.mean():+.2f} ± {interval_half(points):.2f}"
 
 
 def pilot_and_alpha(objective: str, method: str) -> str:
@@ -142,22 +152,18 @@ def pilot_and_alpha(objective: str, method: str) -> str:
     return f"none, {PREDICTED_ALPHA}"
 
 
-def step_rows(setting: Setting, records: list[dict]) -> list[list[str]]:
-    """For each objective and method the means of OF_STEPS over its runs, in each third of the steps
-    that all of them have; nothing for a third without a figure."""
-    rows = []
-    for objective in ("raft", "grpo"):
-        for method, group in groups_of(setting, records, objective).items():
-            cells = [objective, f"{method}, {len(group.runs)} seeds"]
-            shortest = min(len(record["steps"]) for record in group.runs)
-            for name in OF_STEPS.values():
-                of_runs = np.array([[step[name] for step in record["steps"][:shortest]]
-                                    for record in group.runs], dtype=float)  # (runs, steps)
-                parts = [part for part in np.array_split(of_runs, 3, axis=1)
-                         if np.isfinite(part).any()]
-                cells.append(", ".join(f"{np.nanmean(part):.2f}" for part in parts))
-            rows.append(cells)
-    return rows
+def steps_row(setting: Setting, objective: str, method: str, group: Group, uniform: Group
+              ) -> list[str]:
+    """The means of OF_STEPS over a method's runs, in each third of the steps that all of them have;
+    nothing for a third without a figure."""
+    cells = first_cells(objective, method, group)[:2]
+    shortest = min(len(record["steps"]) for record in group.runs)
+    for name in OF_STEPS.values():
+        of_runs = np.array([[step[name] for step in record["steps"][:shortest]]
+                            for record in group.runs], dtype=float)  # (runs, steps)
+        parts = [part for part in np.array_split(of_runs, 3, axis=1) if np.isfinite(part).any()]
+        cells.append(", ".join(f"{np.nanmean(part):.2f}" for part in parts))
+    return cells
 
 
 def as_markdown(heads, rows: list[list[str]]) -> str:
@@ -188,7 +194,8 @@ def main() -> None:
         parser.error(f"--steps: of {args.on} nothing is kept of the steps")
     records = read_records(args.records or setting.records_path)
     if args.steps:
-        print(as_markdown(("objective", "method", *OF_STEPS), step_rows(setting, records)))
+        print(as_markdown(("objective", "method", *OF_STEPS),
+                          rows_of(setting, records, steps_row)))
     elif args.points:
         print(as_markdown(OF_POINTS, rows_of(setting, records, points_row)))
     else:

@@ -14,7 +14,7 @@ from measure import TOKENS, geometric_mean, run_costs
 
 KEY = ("stage", "objective", "method", "rate", "seed")
 TIMED_SEEDS = (100, 101)
-NOT_RUN = {("raft", "wider pool")}  # on the toy each candidate gets one sample: most prompts' runs
+NOT_RUN = {("raft", "wider pool")}  # each candidate gets one sample, or nearly: most prompts
 
 
 @dataclass(frozen=True)

@@ -167,9 +167,9 @@ def test_a_bank_is_gone_on_with_and_its_tables_are_printed(tmp_path, capsys):
     assert [row["rewards"].count("1") for row in drawn] == whole["rewards"].sum(axis=1).tolist()
 
 
-def test_the_records_are_of_512_prompts_with_32_samples_each(capsys):
+def test_the_records_are_of_768_prompts_with_32_samples_each(capsys):
     drawn = [json.loads(line) for line in real_gradient.DRAWN.read_text().splitlines()]
-    assert len({row["row"] for row in drawn}) == 512 and all(len(row["rewards"]) == len(row["tokens"]) == 32 for row in drawn)
+    assert len({row["row"] for row in drawn}) == 768 and all(len(row["rewards"]) == len(row["tokens"]) == 32 for row in drawn)
     real_gradient.main(["table"])
     found = dict(line[2:].split(" | ", 1) for line in capsys.readouterr().out.splitlines() if "layer | 512" in line)
     assert found.keys() == {"middle layer", "last layer"}

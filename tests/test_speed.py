@@ -13,8 +13,8 @@ import real_gradient  # noqa: E402 (all lie in figures/)
 import speed  # noqa: E402
 import speed_table  # noqa: E402
 import tuning  # noqa: E402
-from measure import SAMPLES, STEP, TOKENS, first_reached, mean_accuracy, mixed_pairs  # noqa: E402
-from measure import points_above, run_costs, speedup, with_interval  # noqa: E402
+from measure import SAMPLES, STEP, TOKENS, first_reached, mixed_pairs, points_above  # noqa: E402
+from measure import run_costs, speedup, with_interval  # noqa: E402
 
 CURVE = [[0, 0, 0, 0.4], [5, 100, 1000, 0.5], [10, 200, 2000, 0.6], [15, 300, 4000, 0.5]]
 TOY = speed.SETTINGS["toy"]
@@ -43,11 +43,22 @@ def test_speed_and_area_by_hand():
     paired = with_interval(speedup, even, even / 2)  # each pair says 2, however its runs differ
     assert paired == "2.00 (2.00 to 2.00)"
     line = [[0, 0, 0, 0.4], [1, 0, 1000, 0.6], [2, 0, 10**6, 0.9]]
-    assert mean_accuracy(line, TOKENS, budget=1000) == pytest.approx(0.5)
-    assert mean_accuracy(line, STEP, budget=2) == pytest.approx(0.625, abs=1e-3)
+    flat = [[0, 0, 0, 0.4], [2, 0, 10**6, 0.4]]
+    assert points_above([line, flat], [line, flat], TOKENS, budget=10**6).tolist() == [0, 0]
+    assert points_above([flat], [line], STEP, budget=2) == pytest.approx(25)  # a triangle up to 50
+    assert points_above([line], [flat], TOKENS, budget=1000) == pytest.approx(-10)
     with pytest.raises(ValueError, match="below 2000000 in column 2"):
-        mean_accuracy(line, TOKENS, budget=2 * 10**6)
-    assert points_above(np.array([0.5, 0.5, 0.6]), np.array([0.6, 0.7, 0.9])) == "+20.00 ± 24.84"  # 4.303 * 10 / sqrt(3)
+        points_above([line], [flat], TOKENS, budget=2 * 10**6)
+    assert speed_table.mean_and_interval(np.array([10.0, 20, 30])) == "+20.00 ± 24.84"  # 4.303 * 10 / sqrt(3)
+
+
+def test_points_above_do_not_depend_on_how_often_a_method_is_evaluated():
+    def evaluated(*tokens) -> list:
+        return [[0, 0, t, 1 - np.exp(-t / 10)] for t in tokens]  # one curve for all
+
+    often, seldom = evaluated(0, 10, 20, 30, 40), evaluated(0, 20, 40)
+    assert points_above([seldom], [often], TOKENS, budget=40) == pytest.approx(0)
+    assert -8 < points_above([often], [seldom], TOKENS, budget=40)[0] < -4  # never in the method's favour
 
 
 def test_mixed_pairs_by_hand_and_whatever_decides_about_group_sizes():
@@ -182,7 +193,7 @@ def test_the_steps_in_thirds_by_hand():
     longer = [*steps, steps[0] | {"step": 7}]  # what only some runs have is left out
     records += [record("report", "uniform", 3e-4, seed) | {"steps": its} for seed, its in ((400, steps), (401, longer))]
     records = [record if record["rate"] == 3e-4 else record | {"curve": CURVE[:1]} for record in records]
-    cells, = speed_table.step_rows(TOY, records)
+    cells, = speed_table.rows_of(TOY, records, speed_table.steps_row)
     assert cells == ["raft", "uniform, 2 seeds", "0.15, 0.35, 0.55", "0.50, 0.50, 0.50", "0.20, 0.20, 0.20", "", "0.60, 0.60"]
 
 
@@ -224,7 +235,7 @@ def test_the_readmes_have_the_tables_of_the_records():
         assert len({tuple(record[name] for name in tuning.KEY) for record in records}) == len(records)
     assert speed_table.table(TOY, toy) in readme
     assert speed_table.as_markdown(speed_table.OF_POINTS, speed_table.rows_of(ALL[1], real, speed_table.points_row)) in readme
-    assert speed_table.as_markdown(("objective", "method", *speed_table.OF_STEPS), speed_table.step_rows(ALL[1], real)) in readme
+    assert speed_table.as_markdown(("objective", "method", *speed_table.OF_STEPS), speed_table.rows_of(ALL[1], real, speed_table.steps_row)) in readme
 
 
 @pytest.mark.slow
@@ -232,15 +243,17 @@ def test_the_first_screen_says_what_the_records_say():
     front = " ".join((ROOT / "README.md").read_text().split())  # sentences run over lines
     rows = {(row[0], row[1].split(",")[0]): row for row in speed_table.rows_of(TOY, speed.read_records(TOY.records_path), speed_table.speed_row)}
     real = {(row["objective"], row["way"]): row["efficiency_per_token"] for row in speed.read_rows(real_gradient.RECORDS) if "way" in row}
-    points = {row[1].split(",")[0]: row[5] for row in speed_table.rows_of(ALL[1], speed.read_records(ALL[1].records_path), speed_table.points_row)}
+    trained = {row[1].split(",")[0]: row for row in speed_table.rows_of(
+        ALL[1], speed.read_records(ALL[1].records_path), speed_table.points_row)}
     shown = {"published": "the paper's rule; 2 of the 4 samples are its pilot", "most prompts": "equal counts, but as many prompts as possible",
              "wider pool": "added here: the best of 64 prompts, by predicting how hard they are"}
     for method, name in shown.items():
         cells = [rows[objective, method][7] if (objective, method) in rows else "as above: one sample each"
                  for objective in ("raft", "grpo")]
         cells += [real_gradient.with_range(real[objective, method]) for objective in ("raft", "grpo")]
-        cells.append(points.get(method, "not run"))
+        cells.append(trained[method][5] if method in trained else "not run")
         assert f"| {name} | {' | '.join(cells)} |" in front
     for key, sentence in {("raft", "published"): "the paper's rule has {} for RAFT", ("grpo", "published"): "and {} for GRPO",
                           ("grpo", "wider pool"): "GRPO's prediction {}. The intervals"}.items():
         assert sentence.format(rows[key][8]) in front
+    assert f"In **seconds** the paper's rule is behind, by {trained['published'][8].removeprefix('-')} points" in front
