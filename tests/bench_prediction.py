@@ -3,9 +3,9 @@
     python tests/bench_prediction.py                   # the toy, 60 steps of 32 x 4: minutes
     python tests/bench_prediction.py --model ... --data ...          # with flags of grpo.py
 
-In each step every predictor is asked first, and then learns from the step's samples. Shown are
-means over steps, without the first: the correlation of the predicted p with the shares of right
-samples, whose own noise bounds it, and the log-likelihood of a sample, in nats.
+In each step, of twelve or more, every predictor is asked first, and then learns from the step's
+samples. Shown are means over steps, without the first: the correlation of the predicted p with the
+shares of right samples, whose own noise bounds it, and the log-likelihood of a sample, in nats.
 """
 
 import sys

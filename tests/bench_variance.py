@@ -54,6 +54,7 @@ from sampler import HfSampler, draw  # noqa: E402
 flags = partial(conftest.settled, add_flags=grpo.add_flags)  # which are raft.py's as well
 
 PROBLEMS, POPULATION, SKETCH, ESTIMATES = 64, 1024, 1024, 600
+TAUGHT_STEPS = 40  # of 64 samples, before predictions are asked for
 
 DAMPED = ["--alpha", 0.01]  # in all of the table
 POOL = ["--data", ROOT / "tests" / "toy" / "spared.jsonl", "--prompts-per-step", PROBLEMS, "--samples-per-prompt", 8]
@@ -141,7 +142,7 @@ def sketch(policy: Policy, samples: list[Sample]) -> tuple[np.ndarray, np.ndarra
     sign = 2.0 * torch.randint(2, (size,), generator=generator) - 1
     sketches, lengths = torch.zeros(len(samples), SKETCH), torch.zeros(len(samples))
     for j, sample in enumerate(tqdm(samples, desc="gradients")):
-        logprobs, _ = policy(**collate([sample], torch.device("cpu")))
+        logprobs = policy(**collate([sample], torch.device("cpu")))
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(-logprobs.sum(), parameters)])
         sketches[j].index_add_(0, bucket, gradient * sign)
         lengths[j] = gradient.norm()
@@ -157,14 +158,14 @@ def known_counts(pool: Pool, chosen: np.ndarray, args) -> np.ndarray:
 
 
 def foretell(policy: Policy, sampler, grader, problems, others) -> dict[str, np.ndarray]:
-    """By rule: weights, (problems,), of a predictor that has learnt from 40 steps of 64 samples of other problems."""
+    """By rule: weights, (problems,), of a predictor that has learnt from TAUGHT_STEPS of 64 samples of other problems."""
     found = {}
     for rule, objective in (("gvm", "raft"), ("reward", "grpo")):
         words = ["--allocator", rule, "--objective", objective, "--prompts-per-step", 16, "--samples-per-prompt", 4,
                  "--candidates-per-step", 16]
         args, state = flags(*DAMPED, *words), RunState()
         source = SampleSource(policy, sampler, grader, args)
-        for step in range(1, 41):
+        for step in range(1, TAUGHT_STEPS + 1):
             predicted_step(problems_of_step(others, step, args), step, state, source, args)
         predictor = Predictor(state.predictor)
         features = predictor.features(prompt_states(policy, problems, args.tokens_per_micro_batch))
