@@ -129,8 +129,8 @@ def run_here(args, out: Path) -> dict:
         meter.counts["drawn"] += sum(len(sample.response_ids) for sample in samples)
         return batch, samples, metrics
 
-    def train(learner, optimizer, samples, flags, on_policy):
-        metrics = optimizer_step(learner, optimizer, samples, flags, on_policy)
+    def train(learner, optimizer, samples, *arguments):
+        metrics = optimizer_step(learner, optimizer, samples, *arguments)
         meter.counts["trained"] += sum(len(sample.response_ids) for sample in samples)
         meter.mark()
         return metrics
@@ -206,12 +206,12 @@ def start(side: str) -> dict:
 def main() -> None:
     """Print the table; or, with --side, the result of one run."""
     args = parse()
-    if importlib.util.find_spec("trl") is None:
-        sys.exit("bench_trl.py: trl is not installed: pip install trl==1.16.0, in an environment of its own")
     if args.side:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps((run_trl if args.side == "trl" else run_here)(args, Path(folder) / "run")))
         return
+    if importlib.util.find_spec("trl") is None:
+        sys.exit("bench_trl.py: trl is not installed: pip install trl==1.16.0, in an environment of its own")
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # one core, which the processes inherit
     rounds = [{side: start(side) for side in SIDES} for _ in range(args.rounds)]
     print(f"{args.rounds} runs of {args.steps - 1} steps of {args.prompts} x {SAMPLES} samples, {UPDATES} updates each")

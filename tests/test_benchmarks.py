@@ -22,6 +22,7 @@ def test_the_error_of_the_gradient(device, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "shown"), [
-    (["bench_prediction.py", "--steps", 12, "--prompts-per-step", 8], "steps 7 to 12 |"), (["bench_speed.py"], "response tokens a second")])
+    (["bench_prediction.py", "--steps", 12, "--prompts-per-step", 8], "steps 7 to 12 |"), (["bench_speed.py"], "response tokens a second"),
+    (["bench_trl.py", "--side", "grpo.py", "--steps", 2], '"samples": 256')])
 def test_what_it_prints_at_its_end(words, shown):
     assert shown in run_script(f"tests/{words[0]}", *words[1:]).stdout
