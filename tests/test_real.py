@@ -183,7 +183,8 @@ def test_the_readmes_have_the_tables_of_the_records(capsys):
     front = " ".join(front.split())  # sentences run over lines
     rows = [line.strip("| ").split(" | ") for line in tables[10:]]  # of the ways
     in_samples, in_tokens = ({tuple(row[:2]): row[column] for row in rows} for column in (-2, -1))
-    assert "with `p` known, {} would be {}.".format(*(in_tokens["grpo", way].split()[0] for way in ("wider pool", "known p, wider pool"))) in front
+    known, predicted = (in_tokens["grpo", way] for way in ("known p, wider pool", "wider pool"))
+    assert f"with `p` known, {predicted.split()[0]} would be {known}." in front
     for way in ("published", "wider pool"):
         assert f"{in_tokens['grpo', way].split()[0]} becomes {in_samples['grpo', way]}" in front
     correlation, = [line.split(" | ")[2] for line in tables if line.startswith("| middle layer | 512 |")]
