@@ -151,9 +151,11 @@ def test_where_a_rank_gets_few_samples_pieces_are_small():
     assert {len(piece) for piece in cut_in_pieces([7] * 768, 2)} == {3}
 
 
-@pytest.mark.parametrize(("prompts", "each", "ranks", "worst"), [(1024, 8, 8, 0.15), (256, 4, 8, 0.15), (64, 4, 2, 0.05)])
-def test_ranks_are_even_on_recorded_lengths(prompts, each, ranks, worst):
-    """Those of a small real model, hard to share out: all samples of a prompt are nearly equally long."""
+@pytest.mark.parametrize(("prompts", "each", "ranks", "mean", "worst"), [
+    (1024, 8, 8, 0.08, 0.2), (256, 4, 8, 0.08, 0.15), (64, 4, 2, 0.01, 0.05)])
+def test_ranks_are_even_on_recorded_lengths(prompts, each, ranks, mean, worst):
+    """Those of a small real model, hard to share out: all samples of a prompt are nearly equally long. Whole prompts would have a
+    mean of 0.13, 0.29 and 0.09. The worst draw depends on which prompts were recorded."""
     recorded = np.array([row["tokens"] for row in read_rows(ROOT / "figures" / "real_samples.jsonl")])
     excess = []
     for seed in range(20):
@@ -162,7 +164,7 @@ def test_ranks_are_even_on_recorded_lengths(prompts, each, ranks, worst):
         pieces = cut_in_pieces(np.repeat(np.arange(prompts), each).tolist(), ranks)
         tokens = [lengths[np.concatenate(pieces[rank::ranks])].sum() for rank in range(ranks)]
         excess.append(max(tokens) / np.mean(tokens) - 1)
-    assert max(excess) < worst
+    assert np.mean(excess) < mean and max(excess) < worst
 
 
 class EngineOnCuda:
