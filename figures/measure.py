@@ -58,15 +58,18 @@ def points_above(of_uniform: list, curves: list, column: int, budget: float) -> 
     """How far the mean accuracy over the budget is above uniform's, in percentage points, (runs,);
     the curves are paired by seed.
 
-    Both are read where uniform's was evaluated, and linear between. A chord lies below a curve that
-    flattens, and a long one by more: so each method read at its own evaluations, one whose
-    evaluations lie closer together would seem better than it is.
+    Both are read at the same places, and are linear between: the evaluations of that run whose
+    evaluations lie further apart. A chord lies below a curve that flattens, and a long one by more:
+    each read at its own evaluations, a method that is evaluated more often would seem better.
     """
+    def evaluations(curve) -> list[float]:  # within the budget, and its end
+        return [row[column] for row in curve if row[column] < budget] + [budget]
+
     points = []
-    for uniform, curve in zip(of_uniform, curves, strict=True):
-        spent = [row[column] for row in uniform if row[column] < budget] + [budget]
-        above = accuracy_after(curve, column, spent) - accuracy_after(uniform, column, spent)
-        points.append(100 * np.trapezoid(above, spent) / budget)
+    for pair in zip(of_uniform, curves, strict=True):
+        spent = max(map(evaluations, pair), key=lambda places: np.diff(places).max())
+        uniform, ours = (accuracy_after(curve, column, spent) for curve in pair)
+        points.append(100 * np.trapezoid(ours - uniform, spent) / budget)
     return np.array(points)
 
 
