@@ -27,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import methods  # noqa: E402 (lies in this folder, and needs the project's modules, one folder up)
-from measure import first_reached, interval_half  # noqa: E402 (lies here as well)
+from measure import first_reached, mean_and_interval  # noqa: E402 (lies here as well)
 from speed import read_records  # noqa: E402
 
 from files import read_rows  # noqa: E402
@@ -149,11 +149,6 @@ def wanted(records: list[dict], objectives, chosen_methods, mixes) -> list[dict]
     return [dict(zip(KEY, key)) for key in missing]
 
 
-def interval(values: np.ndarray) -> str:
-    """Mean and half of its 95 % interval, Student's."""
-    return f"{values.mean():+.3f} ± {interval_half(values):.3f}"
-
-
 def costs(curves: np.ndarray, column: int, unit: int) -> str:
     """What it costs until the mean curve first reaches 0.60, and 0.62; curves: (seeds, points, 5)."""
     found = [first_reached(curves.mean(axis=0), column, accuracy) for accuracy in (0.60, 0.62)]
@@ -188,7 +183,7 @@ def table(records: list[dict]) -> str:
         setting = f"{first['rate']:g}, {first['prompts']} x {first['samples']}"
         ends, uniform_ends = curves[:, -1, -1], uniform[:, -1, -1]
         cells = [objective, mix, f"{method}, {len(seeds)} seeds", setting, costs(curves, 1, 1), costs(curves, 2, 1000),
-                 f"{ends.mean():.3f}", "" if method == "uniform" else interval(ends - uniform_ends)]
+                 f"{ends.mean():.3f}", "" if method == "uniform" else mean_and_interval(ends - uniform_ends, 3)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -78,6 +78,11 @@ def interval_half(values: np.ndarray) -> np.ndarray:
     return STUDENT[len(values) - 2] * values.std(axis=0, ddof=1) / np.sqrt(len(values))
 
 
+def mean_and_interval(values: np.ndarray, digits: int) -> str:
+    """The mean of values, (runs,), with its sign, and interval_half of them, as a cell."""
+    return f"{values.mean():+.{digits}f} ± {interval_half(values):.{digits}f}"
+
+
 def with_interval(statistic, *per_run: np.ndarray) -> str:
     """statistic(*per_run) and its 95 % interval; per_run: (runs, ...) each, paired by seed."""
     generator, runs = np.random.default_rng(0), len(per_run[0])

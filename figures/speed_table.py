@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measure import ACCURACY, SAMPLES, STEP, TOKENS, accuracy_after, interval_half
+from measure import ACCURACY, SAMPLES, STEP, TOKENS, accuracy_after, mean_and_interval
 from measure import points_above, run_costs, speedup, with_interval
 from speed import METHODS, PILOT, PREDICTED_ALPHA, PUBLISHED_ALPHA, SETTINGS, read_records
 from tuning import Setting, records_of, tune
@@ -108,7 +108,7 @@ def speed_row(setting: Setting, objective: str, method: str, group: Group, unifo
             with_interval(speedup, uniform.costs(setting, TOKENS, tokens), in_tokens),
             with_interval(speedup, *in_seconds),
             with_interval(speedup, *(x.costs(setting, SAMPLES, samples) for x in (uniform, group))),
-            mean_and_interval(points_above(uniform.curves, group.curves, TOKENS, tokens))]
+            mean_and_interval(points_above(uniform.curves, group.curves, TOKENS, tokens), 2)]
 
 
 def points_row(setting: Setting, objective: str, method: str, group: Group, uniform: Group
@@ -123,9 +123,9 @@ def points_row(setting: Setting, objective: str, method: str, group: Group, unif
 
     in_tokens, in_samples = (points_above(uniform.curves, group.curves, column, budget)
                              for column, budget in ((TOKENS, tokens), (SAMPLES, samples)))
-    return [*cells, mean_and_interval(in_tokens),
+    return [*cells, mean_and_interval(in_tokens, 2),
             ", ".join(f"{points:+.2f}" for points in in_tokens),
-            mean_and_interval(in_samples), points_in_time(setting, uniform, group)]
+            mean_and_interval(in_samples, 2), points_in_time(setting, uniform, group)]
 
 
 def points_in_time(setting: Setting, uniform: Group, group: Group) -> str:
@@ -135,12 +135,7 @@ def points_in_time(setting: Setting, uniform: Group, group: Group) -> str:
     curves = [x.in_seconds() for x in (uniform, group)]
     seconds = min(curve[-1][0] for each in curves for curve in each)
     seconds = min(seconds, setting.budget[STEP] * uniform.seconds)
-    return mean_and_interval(points_above(*curves, 0, seconds))
-
-
-def mean_and_interval(points: np.ndarray) -> str:
-    """Of percentage points, (runs,): the mean and half of its 95 % interval, as a cell."""
-    return f"{points.mean():+.2f} ± {interval_half(points):.2f}"
+    return mean_and_interval(points_above(*curves, 0, seconds), 2)
 
 
 def pilot_and_alpha(objective: str, method: str) -> str:

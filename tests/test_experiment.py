@@ -37,7 +37,7 @@ def test_the_rate_is_tuned_first_and_then_the_split():
 def test_costs_and_intervals_by_hand():
     curves = np.array([[[0, 0, 0, 0, 0.4], [1, 100, 0, 0, 0.5], [2, 200, 0, 0, 0.6]]] * 3)
     assert experiment.costs(curves, 1, 10) == "20, never"
-    assert experiment.interval(np.array([0.1, 0.2, 0.3])) == "+0.200 ± 0.248"
+    assert experiment.mean_and_interval(np.array([0.1, 0.2, 0.3]), 3) == "+0.200 ± 0.248"
 
 
 @pytest.mark.slow

@@ -151,20 +151,26 @@ def test_where_a_rank_gets_few_samples_pieces_are_small():
     assert {len(piece) for piece in cut_in_pieces([7] * 768, 2)} == {3}
 
 
-@pytest.mark.parametrize(("prompts", "each", "ranks", "mean", "worst"), [
-    (1024, 8, 8, 0.08, 0.2), (256, 4, 8, 0.08, 0.15), (64, 4, 2, 0.01, 0.05)])
-def test_ranks_are_even_on_recorded_lengths(prompts, each, ranks, mean, worst):
-    """Those of a small real model, hard to share out: all samples of a prompt are nearly equally long. Whole prompts would have a
-    mean of 0.13, 0.29 and 0.09. The worst draw depends on which prompts were recorded."""
+@pytest.mark.parametrize(("prompts", "each", "ranks", "worst", "mean"), [
+    (1024, 8, 8, 0.15, 0.08), (256, 4, 8, 0.15, 0.08), (64, 4, 2, 0.05, 0.01)])
+def test_ranks_are_even_on_recorded_lengths(prompts, each, ranks, worst, mean):
+    """Those of a small real model, hard to share out: all samples of a prompt are nearly equally long. Which draw is the worst
+    depends on the prompts, so that is bounded for 512 of them, and the mean over draws for all. Whole prompts would have
+    0.13, 0.29 and 0.09 in the mean."""
     recorded = np.array([row["tokens"] for row in read_rows(ROOT / "figures" / "real_samples.jsonl")])
-    excess = []
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        lengths = rng.permuted(recorded[rng.integers(len(recorded), size=prompts)], axis=1)[:, :each].ravel()
-        pieces = cut_in_pieces(np.repeat(np.arange(prompts), each).tolist(), ranks)
-        tokens = [lengths[np.concatenate(pieces[rank::ranks])].sum() for rank in range(ranks)]
-        excess.append(max(tokens) / np.mean(tokens) - 1)
-    assert np.mean(excess) < mean and max(excess) < worst
+
+    def excess(recorded) -> list[float]:
+        """Of the longest share of tokens over the mean one, in each of twenty draws."""
+        found = []
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            lengths = rng.permuted(recorded[rng.integers(len(recorded), size=prompts)], axis=1)[:, :each].ravel()
+            pieces = cut_in_pieces(np.repeat(np.arange(prompts), each).tolist(), ranks)
+            tokens = [lengths[np.concatenate(pieces[rank::ranks])].sum() for rank in range(ranks)]
+            found.append(max(tokens) / np.mean(tokens) - 1)
+        return found
+
+    assert max(excess(recorded[:512])) < worst and np.mean(excess(recorded)) < mean
 
 
 class EngineOnCuda:

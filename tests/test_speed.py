@@ -13,8 +13,8 @@ import real_gradient  # noqa: E402 (all lie in figures/)
 import speed  # noqa: E402
 import speed_table  # noqa: E402
 import tuning  # noqa: E402
-from measure import SAMPLES, STEP, TOKENS, first_reached, mixed_pairs, points_above  # noqa: E402
-from measure import run_costs, speedup, with_interval  # noqa: E402
+from measure import SAMPLES, STEP, TOKENS, first_reached, mean_and_interval, mixed_pairs  # noqa: E402
+from measure import points_above, run_costs, speedup, with_interval  # noqa: E402
 
 CURVE = [[0, 0, 0, 0.4], [5, 100, 1000, 0.5], [10, 200, 2000, 0.6], [15, 300, 4000, 0.5]]
 TOY = speed.SETTINGS["toy"]
@@ -49,7 +49,7 @@ def test_speed_and_area_by_hand():
     assert points_above([line], [flat], TOKENS, budget=1000) == pytest.approx(-10)
     with pytest.raises(ValueError, match="below 2000000 in column 2"):
         points_above([line], [flat], TOKENS, budget=2 * 10**6)
-    assert speed_table.mean_and_interval(np.array([10.0, 20, 30])) == "+20.00 ± 24.84"  # 4.303 * 10 / sqrt(3)
+    assert mean_and_interval(np.array([10.0, 20, 30]), 2) == "+20.00 ± 24.84"  # 4.303 * 10 / sqrt(3)
 
 
 def test_points_above_do_not_depend_on_how_often_a_method_is_evaluated():
